@@ -1,0 +1,155 @@
+//! What can go wrong between the engine and a VMM.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use stencil_core::MemoryMode;
+use stencil_vmm_api::ErrorBody;
+
+use crate::client::Call;
+use crate::process::{Exit, ProcessError};
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// There is no binary of the VMM beside the running executable nor in a directory of `PATH`.
+    #[error("the VMM {name} is neither in {} nor in a directory of PATH; build or install it there", beside.display())]
+    NotFound {
+        /// File name of the binary.
+        name: &'static str,
+        /// The directory of the running executable.
+        beside: PathBuf,
+    },
+
+    /// The instance's directory could not be made ready for a VMM: its socket or its log.
+    #[error("cannot make {} ready for a VMM", path.display())]
+    Prepare {
+        /// The socket or the log.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The binary of the VMM could not be run.
+    #[error("cannot start the VMM {}", binary.display())]
+    Spawn {
+        /// The binary.
+        binary: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The binary ran and did not say its version.
+    #[error("{} --version does not tell a version; it said: {said:?}", binary.display())]
+    Version {
+        /// The binary.
+        binary: PathBuf,
+        /// The beginning of what it wrote.
+        said: String,
+    },
+
+    /// A path that must go into a request is not UTF-8, which JSON cannot carry.
+    #[error("the path {} is not UTF-8 and cannot be given to a VMM; move it", path.display())]
+    PathNotUtf8 {
+        /// The path.
+        path: PathBuf,
+    },
+
+    /// The backend cannot restore memory in this way.
+    #[error("this VMM cannot restore memory in the mode {mode:?}")]
+    Unsupported {
+        /// The mode that was asked for.
+        mode: MemoryMode,
+    },
+
+    /// Nobody accepts connections on the VMM's socket.
+    #[error("{call}: cannot connect to the VMM at {}", socket.display())]
+    Connect {
+        /// What was asked.
+        call: Call,
+        /// The VMM's socket.
+        socket: PathBuf,
+        /// What the system said.
+        source: hyper_util::client::legacy::Error,
+    },
+
+    /// The VMM did not answer in time; the call may still have its effect.
+    #[error("{call}: no answer from the VMM within {after:?}")]
+    Timeout {
+        /// What was asked.
+        call: Call,
+        /// The deadline of this call.
+        after: Duration,
+    },
+
+    /// The connection broke, or the reply was no HTTP, before the head of the reply was there.
+    #[error("{call}: the VMM closed the connection without a reply")]
+    NoReply {
+        /// What was asked.
+        call: Call,
+        /// What hyper saw.
+        source: hyper_util::client::legacy::Error,
+    },
+
+    /// The connection broke in the middle of the reply's body.
+    #[error("{call}: the VMM closed the connection in the middle of its reply")]
+    CutShort {
+        /// What was asked.
+        call: Call,
+        /// What hyper saw.
+        source: hyper::Error,
+    },
+
+    /// The VMM's process ended instead of answering. Its own words are in the instance's `vmm.log`.
+    #[error("the VMM ended ({exit}) instead of answering")]
+    Ended {
+        /// How it ended.
+        exit: Exit,
+        /// How the call failed.
+        source: Box<VmmError>,
+    },
+
+    /// The VMM understood and refused.
+    #[error("{call} was refused with status {status}: {body}")]
+    Rejected {
+        /// What was asked.
+        call: Call,
+        /// The HTTP status.
+        status: u16,
+        /// The VMM's reasons, outermost first; never empty.
+        body: ErrorBody,
+    },
+
+    /// The reply's body is larger than any reply of a VMM.
+    #[error("{call}: the VMM's reply is larger than {limit} bytes")]
+    TooLarge {
+        /// What was asked.
+        call: Call,
+        /// The most that is read, in bytes.
+        limit: usize,
+    },
+
+    /// The reply is not what the contract promises: not JSON, or JSON of another shape.
+    #[error("{call}: the VMM's reply is not what its API promises; is it another version?")]
+    Protocol {
+        /// What was asked.
+        call: Call,
+        /// Where the JSON is wrong.
+        source: serde_json::Error,
+    },
+
+    /// The process could not be observed or ended.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+}
+
+impl VmmError {
+    /// Whether the VMM went away instead of answering: its socket is closed, or was closed during the call.
+    pub(crate) fn lost_connection(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. }
+        )
+    }
+}

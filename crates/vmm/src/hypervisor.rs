@@ -1,0 +1,129 @@
+//! The trait that a backend implements, and what it is asked and answers.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use stencil_core::{
+    GuestEnd, HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec,
+};
+
+use crate::{Exit, VmmError, VmmProcess};
+
+/// A kind of VMM: how it is started, and how its one VM is driven.
+///
+/// Every call but [`spawn`](Self::spawn) and [`version`](Self::version) goes to the VMM that listens on the
+/// `vmm.sock` of `dir`. Each is bounded in time and fails at once when the VMM dies; wrap it in
+/// [`VmmProcess::during`] to be told then how the process ended.
+///
+/// The calls are single steps of a VMM: which of them may follow which is the state table's business.
+#[async_trait]
+pub trait Hypervisor: fmt::Debug + Send + Sync {
+    /// The name under which instances ask for it.
+    fn name(&self) -> HypervisorName;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The version of its binary, such as `0.1.0`. The binary is asked once.
+    ///
+    /// # Errors
+    /// [`VmmError::Spawn`] when the binary cannot be run, [`VmmError::Version`] when it does not say.
+    async fn version(&self) -> Result<String, VmmError>;
+
+    /// Starts a VMM without a VM in `dir`, which must have none. When this returns its socket accepts connections.
+    ///
+    /// Dropping the future midway kills what was started; dropping the [`VmmProcess`] does not.
+    ///
+    /// # Errors
+    /// [`VmmError::Prepare`] or [`VmmError::Spawn`]; then there is no process and no socket.
+    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError>;
+
+    /// Defines the VM; it is not booted.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`] when the VMM refuses; see [`VmmError`] for the others, here and below.
+    async fn create(
+        &self,
+        dir: &InstanceDir,
+        spec: &VmSpec,
+        generation: &VmGeneration,
+    ) -> Result<(), VmmError>;
+
+    /// Loads the kernel and starts the vCPUs.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`], for example when the kernel cannot be loaded.
+    async fn boot(&self, dir: &InstanceDir) -> Result<(), VmmError>;
+
+    /// Stops the vCPUs.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`] when the VM does not run.
+    async fn pause(&self, dir: &InstanceDir) -> Result<(), VmmError>;
+
+    /// Lets the vCPUs of a paused VM go on.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`] when the VM is not paused.
+    async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError>;
+
+    /// Writes a paused VM into `destination`, which exists and is empty. The VM stays paused.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`], for example when the disk is full; `destination` then holds a part of it.
+    async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError>;
+
+    /// Makes the VM of a VMM that has none from a snapshot; it is left paused.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`], for example when a file is truncated or of another version;
+    /// [`VmmError::Unsupported`] for a memory mode that [`capabilities`](Self::capabilities) does not list.
+    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError>;
+
+    /// What the VM does now; answers or fails within 500 ms.
+    ///
+    /// # Errors
+    /// [`VmmError::Timeout`] and [`VmmError::Connect`] when the VMM does not answer. That there is no VM is no
+    /// error: it is [`VmPhase::Undefined`].
+    async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError>;
+
+    /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
+    /// bounded wait. Returns when the process is proved dead and its sockets are removed.
+    ///
+    /// # Errors
+    /// [`ProcessError::StillAlive`](crate::ProcessError::StillAlive) when even SIGKILL did not end it in time.
+    async fn stop(&self, dir: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError>;
+}
+
+/// What a backend can do, so that a request is refused before anything is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Whether a running VM can be paused and resumed.
+    pub pause: bool,
+    /// Whether a paused VM can be written to a snapshot and restored from it.
+    pub snapshot: bool,
+    /// How a snapshot's memory can be restored.
+    pub memory_modes: Vec<MemoryMode>,
+    /// The most vCPUs that a VM can have.
+    pub max_vcpus: u32,
+}
+
+/// What to restore, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Restore<'a> {
+    /// The snapshot; for a fork, that of the instance that is forked or a link to it.
+    pub snapshot: &'a SnapshotDir,
+    /// How its memory comes back.
+    pub memory_mode: MemoryMode,
+    /// The identity of the new machine when this is a fork. Without it the machine stays who it was.
+    pub generation: Option<&'a VmGeneration>,
+}
+
+/// What [`Hypervisor::info`] answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VmStatus {
+    /// What the VM does.
+    pub phase: VmPhase,
+    /// Why the guest is down; only with [`VmPhase::Shutdown`], and only from a VMM that tells.
+    pub end: Option<GuestEnd>,
+}

@@ -1,0 +1,49 @@
+//! The hypervisor shim: everything that Stencil knows about driving a VMM process, behind one trait.
+//!
+//! ```text
+//!   engine ── Hypervisor ──> MicroVm ──── Client ── HTTP, one connection a call ──┐
+//!     │       (the trait)   (a backend)                                           v
+//!     │                         │                                  vmm.sock  ┌─────────┐
+//!     │                         └─ binds vmm.sock, starts ── stdin is it ──> │   VMM   │──> /dev/kvm
+//!     │                                                                      │ process │──> console.sock
+//!     └── VmmProcess ── pidfd: is it alive, how did it end, make it end ──>  └─────────┘──> console.log, vmm.log
+//! ```
+//!
+//! - [`Hypervisor`] is the trait; a backend knows one VM at a time and no template. It keeps no state for an
+//!   instance: each call names the instance's directory, and everything else is found there.
+//! - [`Client`] speaks the REST contract of `stencil-vmm-api` to any VMM that has it, the microVM and Cloud
+//!   Hypervisor alike: each call has its deadline, its own connection, and a bounded reply.
+//! - [`VmmProcess`] is a handle on a VMM's process that can never mean another process, also after the server was
+//!   started again and the pid was given to somebody else.
+//!
+//! VMMs outlive the server: nothing here kills one because a handle is dropped, but for [`KillGuard`], which is
+//! how a start that is given up halfway leaves nothing behind.
+//!
+//! ```no_run
+//! use stencil_core::{DataDir, InstanceId, VmGeneration, VmSpec};
+//! use stencil_vmm::{Hypervisor, MicroVm, VmmError};
+//!
+//! async fn first_boot(data: &DataDir, id: &InstanceId, spec: &VmSpec) -> Result<(), VmmError> {
+//!     let hypervisor = MicroVm::new(MicroVm::find()?);
+//!     let dir = data.instance(id);
+//!     let process = hypervisor.spawn(&dir).await?;
+//!     // `during`: if the VMM dies instead of answering, the error says so, and how.
+//!     process.during(hypervisor.create(&dir, spec, &VmGeneration::random())).await?;
+//!     process.during(hypervisor.boot(&dir)).await?;
+//!     println!("{:?}", hypervisor.info(&dir).await?.phase);
+//!     println!("{}", hypervisor.stop(&dir, &process).await?);
+//!     Ok(())
+//! }
+//! ```
+
+mod client;
+mod error;
+mod hypervisor;
+mod microvm;
+mod process;
+
+pub use client::{Call, Client, MAX_REPLY_BYTES};
+pub use error::VmmError;
+pub use hypervisor::{Capabilities, Hypervisor, Restore, VmStatus};
+pub use microvm::MicroVm;
+pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};

@@ -1,0 +1,45 @@
+//! VMM processes that are there although nobody recorded them.
+
+use std::fs;
+use std::path::Path;
+
+use stencil_core::ProcessIdentity;
+
+use super::procfs;
+
+/// The VMM processes whose working directory is `under` or below it: a VMM is known by `--api-socket` on its command
+/// line, and its instance by its working directory, which stays the same directory when that is renamed.
+///
+/// This is what finds a VMM whose start was cut off by a crash of the server, before it was recorded. Processes of
+/// other users and those that end meanwhile are left out. It reads all of `/proc`, which blocks.
+pub fn stray_processes(under: &Path) -> Vec<ProcessIdentity> {
+    // The kernel tells working directories without links in them.
+    let (Ok(under), Ok(boot_id), Ok(entries)) =
+        (fs::canonicalize(under), procfs::boot_id(), fs::read_dir("/proc"))
+    else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            // Read before and after: the same start time says that all of it was one process.
+            let start_time = procfs::start_time(pid).ok()??;
+            let is_vmm = is_vmm(&fs::read(entry.path().join("cmdline")).ok()?);
+            let is_under = fs::read_link(entry.path().join("cwd")).ok()?.starts_with(&under);
+            let is_same = procfs::start_time(pid).ok()? == Some(start_time);
+            (is_vmm && is_under && is_same).then(|| ProcessIdentity {
+                pid,
+                start_time,
+                boot_id: boot_id.clone(),
+            })
+        })
+        .collect()
+}
+
+/// Whether the arguments, each ended by a NUL, are those of a VMM. A zombie has none.
+fn is_vmm(cmdline: &[u8]) -> bool {
+    cmdline
+        .split(|&byte| byte == 0)
+        .any(|argument| argument == b"--api-socket")
+}
