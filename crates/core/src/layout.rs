@@ -1,0 +1,192 @@
+//! Where everything lies below the data directory. Paths only: nothing here looks at the disk.
+//!
+//! ```text
+//! <data>/lock                       one server per data directory
+//! <data>/stencil.sock               the server's default socket
+//! <data>/instances/<id>/metadata.json
+//!                       vmm.sock  console.sock  console.log  vmm.log
+//!                       snapshot/manifest.json      written last
+//!                                config.json  state.json  memory-ranges
+//! <data>/instances/.new-<id>/       being made, or left by a crash
+//! <data>/instances/.del-<id>/       being removed, or left by a crash
+//! <data>/templates/<id>/hot-pages
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use crate::id::InstanceId;
+
+/// The prefix of an instance's directory while it is being made.
+pub(crate) const NEW_PREFIX: &str = ".new-";
+/// The prefix of an instance's directory while it is being removed.
+pub(crate) const DEL_PREFIX: &str = ".del-";
+/// The prefix of a file that is being written, before it takes its name.
+pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
+
+/// The data directory of one server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataDir(PathBuf);
+
+impl DataDir {
+    /// The data directory at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The file that a server locks.
+    #[must_use]
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
+
+    /// The socket on which a server listens by default.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("stencil.sock")
+    }
+
+    /// The directory of all instances.
+    #[must_use]
+    pub fn instances(&self) -> PathBuf {
+        self.0.join("instances")
+    }
+
+    /// The directory of what is kept for templates.
+    #[must_use]
+    pub fn templates(&self) -> PathBuf {
+        self.0.join("templates")
+    }
+
+    /// The directory of one instance.
+    #[must_use]
+    pub fn instance(&self, id: &InstanceId) -> InstanceDir {
+        InstanceDir::new(self.instances().join(id.to_string()))
+    }
+
+    /// The list of a template's hot pages.
+    #[must_use]
+    pub fn hot_pages(&self, id: &InstanceId) -> PathBuf {
+        self.template(id).join("hot-pages")
+    }
+
+    /// The directory of what is kept for one template.
+    pub(crate) fn template(&self, id: &InstanceId) -> PathBuf {
+        self.templates().join(id.to_string())
+    }
+
+    pub(crate) fn new_instance(&self, id: &InstanceId) -> InstanceDir {
+        InstanceDir::new(self.instances().join(format!("{NEW_PREFIX}{id}")))
+    }
+
+    pub(crate) fn deleted_instance(&self, id: &InstanceId) -> PathBuf {
+        self.instances().join(format!("{DEL_PREFIX}{id}"))
+    }
+}
+
+/// The directory of one instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceDir(PathBuf);
+
+impl InstanceDir {
+    /// The instance's directory at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The instance's record.
+    #[must_use]
+    pub fn metadata(&self) -> PathBuf {
+        self.0.join("metadata.json")
+    }
+
+    /// The socket on which its VMM answers.
+    #[must_use]
+    pub fn vmm_socket(&self) -> PathBuf {
+        self.0.join("vmm.sock")
+    }
+
+    /// What its guest printed, of all epochs.
+    #[must_use]
+    pub fn console_log(&self) -> PathBuf {
+        self.0.join("console.log")
+    }
+
+    /// The socket that leads to its guest's serial port.
+    #[must_use]
+    pub fn console_socket(&self) -> PathBuf {
+        self.0.join("console.sock")
+    }
+
+    /// What its VMM said about itself.
+    #[must_use]
+    pub fn vmm_log(&self) -> PathBuf {
+        self.0.join("vmm.log")
+    }
+
+    /// Its snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> SnapshotDir {
+        SnapshotDir::new(self.0.join("snapshot"))
+    }
+}
+
+/// The directory of one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotDir(PathBuf);
+
+impl SnapshotDir {
+    pub(crate) const MANIFEST: &str = "manifest.json";
+    pub(crate) const CONFIG: &str = "config.json";
+    pub(crate) const STATE: &str = "state.json";
+    pub(crate) const MEMORY_RANGES: &str = "memory-ranges";
+
+    /// The snapshot's directory at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// What the snapshot consists of; without it, there is none.
+    #[must_use]
+    pub fn manifest(&self) -> PathBuf {
+        self.0.join(Self::MANIFEST)
+    }
+
+    /// The VM's configuration.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.0.join(Self::CONFIG)
+    }
+
+    /// The state of its vCPUs and devices.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.0.join(Self::STATE)
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory_ranges(&self) -> PathBuf {
+        self.0.join(Self::MEMORY_RANGES)
+    }
+}

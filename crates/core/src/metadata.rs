@@ -1,0 +1,246 @@
+//! What is recorded about an instance: `metadata.json`. Its state is not among it, for that is derived.
+//!
+//! Fields that this version does not know are kept when the file is written again, at every level: another version
+//! may have put them there. A fork takes none of them (see [`rules::fork_metadata`](crate::rules::fork_metadata)).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::generation::VmGeneration;
+use crate::hypervisor::HypervisorName;
+use crate::id::InstanceId;
+use crate::name::InstanceName;
+use crate::versioned::{self, FormatError};
+
+/// The record of one instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// The version of this record's form: [`Metadata::SCHEMA`].
+    pub schema: u32,
+    /// Its id, also the name of its directory.
+    pub id: InstanceId,
+    /// Its name, unique among the instances of a data directory.
+    pub name: InstanceName,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// The machine that was asked for.
+    pub spec: VmSpec,
+    /// The identity of its machine; a fork has its own.
+    pub generation: VmGeneration,
+    /// On standby as a template: it can be forked, and cannot wake.
+    #[serde(default)]
+    pub is_template: bool,
+    /// Of a template: the list of the pages that its forks touch first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hot_pages_path: Option<PathBuf>,
+    /// The template that it was forked of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fork_of_template: Option<InstanceId>,
+    /// How its memory was last restored, or is to be at first; absent if there was nothing to restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mode: Option<MemoryMode>,
+    /// The VMM process that was started for it; absent if there is to be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<VmmRecord>,
+    /// Fields that this version does not know.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+impl Metadata {
+    /// The version of the form that is read and written.
+    pub const SCHEMA: u32 = 1;
+
+    /// The record of a new instance: no template, no fork, no VMM.
+    #[must_use]
+    pub fn new(
+        id: InstanceId,
+        name: InstanceName,
+        spec: VmSpec,
+        generation: VmGeneration,
+        created_at: Timestamp,
+    ) -> Self {
+        Self {
+            schema: Self::SCHEMA,
+            id,
+            name,
+            created_at,
+            spec,
+            generation,
+            is_template: false,
+            hot_pages_path: None,
+            fork_of_template: None,
+            memory_mode: None,
+            vmm: None,
+            other: Map::new(),
+        }
+    }
+
+    /// Reads the content of a `metadata.json`.
+    ///
+    /// # Errors
+    /// If it is no JSON, of another schema, or not of its schema's form.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, FormatError> {
+        versioned::read(bytes, Self::SCHEMA)
+    }
+
+    /// The content of a `metadata.json`.
+    ///
+    /// # Errors
+    /// If a path in it is no UTF-8.
+    pub fn to_json(&self) -> Result<Vec<u8>, FormatError> {
+        versioned::write(self)
+    }
+}
+
+/// The machine that was asked for. A fork inherits it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Which backend runs it.
+    pub hypervisor: HypervisorName,
+    /// The kernel to boot; absolute.
+    pub kernel: PathBuf,
+    /// The initial ramdisk; absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// How many vCPUs.
+    pub vcpus: u32,
+    /// The size of its memory in bytes.
+    pub memory_bytes: u64,
+    /// How its guest says that it is ready.
+    #[serde(default)]
+    pub readiness: Readiness,
+    /// What its owner wants to remember of it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Fields that this version does not know.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+impl VmSpec {
+    /// A machine with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
+    #[must_use]
+    pub fn new(hypervisor: HypervisorName, kernel: PathBuf, vcpus: u32, memory_bytes: u64) -> Self {
+        Self {
+            hypervisor,
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+            vcpus,
+            memory_bytes,
+            readiness: Readiness::None,
+            labels: BTreeMap::new(),
+            other: Map::new(),
+        }
+    }
+}
+
+/// How a guest says that it is ready. In JSON `"none"` or `{"console": "text"}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Readiness {
+    /// It is not asked: a VM that runs is ready.
+    #[default]
+    None,
+    /// By this text on its console, in each epoch anew.
+    Console(String),
+}
+
+/// How the memory of a snapshot comes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryMode {
+    /// Everything is read before the VM runs.
+    Copy,
+    /// The memory file is mapped privately: clean pages stay shared.
+    #[default]
+    Cow,
+}
+
+impl fmt::Display for MemoryMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Copy => "copy",
+            Self::Cow => "cow",
+        })
+    }
+}
+
+/// What was to be a memory mode is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a memory mode is \"copy\" or \"cow\"")]
+pub struct MemoryModeError;
+
+impl FromStr for MemoryMode {
+    type Err = MemoryModeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "copy" => Ok(Self::Copy),
+            "cow" => Ok(Self::Cow),
+            _ => Err(MemoryModeError),
+        }
+    }
+}
+
+/// The VMM process that was started for an instance.
+///
+/// In JSON one flat object, so that unknown fields of all its parts are kept in `other`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmmRecord {
+    /// Which process it is.
+    #[serde(flatten)]
+    pub process: ProcessIdentity,
+    /// The version that its binary said it is.
+    pub version: String,
+    /// When it was started.
+    pub started_at: Timestamp,
+    /// What its guest went through last.
+    #[serde(flatten)]
+    pub epoch: Epoch,
+    /// Fields that this version does not know.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// One process of one boot of one host: a pid alone is given anew after its process is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// Its process id.
+    pub pid: u32,
+    /// When it was started, in clock ticks since the host's boot: field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// The host's boot: `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// The time since a guest last found itself on a new machine; readiness counts within it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Epoch {
+    /// How it began.
+    pub began: EpochKind,
+    /// How many bytes of the console log are of earlier epochs.
+    pub console_offset: u64,
+}
+
+/// How an epoch began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EpochKind {
+    /// The guest was booted.
+    Boot,
+    /// It went on from its own snapshot.
+    Restore,
+    /// It went on from another instance's snapshot.
+    Fork,
+}

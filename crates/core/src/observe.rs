@@ -1,0 +1,143 @@
+//! Facts in, state out: what the metadata, the snapshot on disk and the VMM process say becomes one [`State`].
+//!
+//! [`derive`] is a pure function. Who gathers the facts decides nothing, and who decides reads no disk.
+
+use crate::manifest::SnapshotManifest;
+use crate::metadata::Metadata;
+use crate::state::State;
+
+/// What is on disk of an instance's snapshot.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SnapshotFacts {
+    /// No manifest, so no snapshot, whatever else lies there.
+    Absent,
+    /// Its manifest is understood, and every file that it lists is there with its size.
+    Complete(SnapshotManifest),
+    /// There is a manifest, and what it promises is not there.
+    Broken {
+        /// What is wrong, as part of a sentence.
+        reason: String,
+    },
+}
+
+/// Where a VMM says that its VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmPhase {
+    /// The VMM knows no VM.
+    Undefined,
+    /// Defined, not booted.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are stopped.
+    Paused,
+    /// Its guest is down.
+    Shutdown,
+}
+
+/// How a guest came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestEnd {
+    /// It did not end of its own will: a triple fault, an error of the VMM.
+    pub failed: bool,
+    /// What happened, as part of a sentence.
+    pub reason: String,
+}
+
+/// What is known of an instance's VMM process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmmFacts {
+    /// None is recorded.
+    None,
+    /// One is recorded, and its process is gone without having been asked to go.
+    Ended {
+        /// How, as part of a sentence: "killed by signal 9 (SIGKILL)".
+        reason: String,
+    },
+    /// Its process lives, and does not answer.
+    Silent {
+        /// What was tried and what came of it, as part of a sentence.
+        reason: String,
+    },
+    /// It answers.
+    Up {
+        /// Where its VM is.
+        phase: VmPhase,
+        /// The guest has said in this epoch that it is ready, or it is not asked.
+        ready: bool,
+        /// How the guest came to its end, if it did.
+        end: Option<GuestEnd>,
+    },
+}
+
+/// The state of an instance, and what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    /// Its state.
+    pub state: State,
+    /// What is wrong, as a sentence without its full stop. Always there where the state is [`State::Unknown`].
+    pub error: Option<String>,
+}
+
+impl Observed {
+    const fn sound(state: State) -> Self {
+        Self { state, error: None }
+    }
+
+    const fn unknown(error: String) -> Self {
+        Self {
+            state: State::Unknown,
+            error: Some(error),
+        }
+    }
+}
+
+/// Derives the state of an instance from the facts.
+#[must_use]
+pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> Observed {
+    match vmm {
+        VmmFacts::None => asleep(metadata, snapshot),
+        VmmFacts::Ended { reason } => {
+            let ended = format!("its VMM ended: {reason}");
+            let Observed { state, error } = asleep(metadata, snapshot);
+            Observed {
+                state,
+                error: Some(error.map_or(ended.clone(), |error| format!("{error}; {ended}"))),
+            }
+        }
+        VmmFacts::Silent { reason } => Observed::unknown(format!("its VMM does not answer: {reason}")),
+        // No operation leads here. Were it shown as Running, a standby could overwrite memory that forks rely on.
+        VmmFacts::Up { .. } if metadata.is_template => {
+            Observed::unknown("it is a template, which cannot wake, and yet it has a VMM".to_owned())
+        }
+        VmmFacts::Up { phase, ready, end } => {
+            let state = match (phase, ready) {
+                (VmPhase::Undefined | VmPhase::Shutdown, _) => State::Shutdown,
+                (VmPhase::Created, _) => State::Created,
+                (VmPhase::Running, true) => State::Running,
+                (VmPhase::Running, false) => State::Initializing,
+                (VmPhase::Paused, _) => State::Paused,
+            };
+            let failed = end.as_ref().filter(|end| state == State::Shutdown && end.failed);
+            Observed {
+                state,
+                error: failed.map(|end| format!("its guest ended: {}", end.reason)),
+            }
+        }
+    }
+}
+
+/// The state of an instance that has no VMM.
+fn asleep(metadata: &Metadata, snapshot: &SnapshotFacts) -> Observed {
+    match (snapshot, metadata.is_template) {
+        (SnapshotFacts::Absent, false) => Observed::sound(State::Stopped),
+        (SnapshotFacts::Absent, true) => {
+            Observed::unknown("it is a template, and its snapshot is missing".to_owned())
+        }
+        (SnapshotFacts::Complete(_), false) => Observed::sound(State::Standby),
+        (SnapshotFacts::Complete(_), true) => Observed::sound(State::Template),
+        (SnapshotFacts::Broken { reason }, _) => {
+            Observed::unknown(format!("its snapshot is broken: {reason}"))
+        }
+    }
+}

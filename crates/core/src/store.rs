@@ -1,0 +1,331 @@
+//! The data directory: reads and writes what it is told, and decides nothing.
+//!
+//! A crash at any point leaves each instance either before or after the operation:
+//!
+//! - An instance is made in `.new-<id>` and takes its name by one rename ([`NewInstance`]); so a directory `<id>` always
+//!   has its metadata.
+//! - An instance is removed by one rename to `.del-<id>`; taking that apart is clean-up.
+//! - Metadata is replaced by one rename (`atomic`).
+//! - A snapshot exists from the rename of its manifest, which comes last, to that file's removal, which comes first.
+//!
+//! What is left over is found by [`Store::leftovers`] when a server starts, and swept.
+//!
+//! Calls about different instances can be made at once. Of one instance, the caller lets at most one call write.
+
+mod atomic;
+mod error;
+mod lock;
+mod new_instance;
+mod snapshot;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::id::InstanceId;
+use crate::layout::{DEL_PREFIX, DataDir, NEW_PREFIX, TEMPORARY_PREFIX};
+use crate::metadata::Metadata;
+use crate::rules::LiveFork;
+
+use error::IoContext;
+use lock::Lock;
+
+pub use error::{StoreError, UnreadableCause};
+pub use new_instance::NewInstance;
+
+/// The most bytes of a Unix socket's path: `sun_path` has 108, of which the last is a NUL (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// What a write must survive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// A crash of the server: the new content is there as a whole or not at all.
+    Renamed,
+    /// Also a power loss right after the call.
+    Synced,
+}
+
+/// One instance that a scan found.
+#[derive(Debug)]
+pub struct Scanned {
+    /// Its id, from the name of its directory.
+    pub id: InstanceId,
+    /// Its record, or why it cannot be read.
+    pub metadata: Result<Metadata, StoreError>,
+}
+
+/// An open data directory, locked against every other server until this value is dropped.
+#[derive(Debug)]
+pub struct Store {
+    data: DataDir,
+    _lock: Lock,
+}
+
+impl Store {
+    /// Opens the data directory at `data`, and makes it where it is missing.
+    ///
+    /// Paths that the store gives are absolute and free of symbolic links.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] if another server has it; [`StoreError::PathTooLong`] if the sockets of an instance could
+    /// not be reached below it; [`StoreError::Io`].
+    pub fn open(data: &Path) -> Result<Self, StoreError> {
+        // The length is checked before anything is made.
+        check_length(&resolve(data)?)?;
+        atomic::create_dir_all(data)?;
+        let data = DataDir::new(fs::canonicalize(data).while_trying("find", data)?);
+        let lock = Lock::take(&data)?;
+        atomic::create_dir_all(&data.instances())?;
+        atomic::create_dir_all(&data.templates())?;
+        Ok(Self { data, _lock: lock })
+    }
+
+    /// Where everything lies.
+    #[must_use]
+    pub fn data(&self) -> &DataDir {
+        &self.data
+    }
+
+    /// Begins a new instance. It does not exist until [`NewInstance::commit`].
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], also where this id is being made already.
+    pub fn begin(&self, id: InstanceId) -> Result<NewInstance, StoreError> {
+        NewInstance::begin(&self.data, id)
+    }
+
+    /// Reads the record of an instance.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such instance; [`StoreError::Unreadable`] if there is one, and its
+    /// record is missing, damaged, of another version or another instance's.
+    pub fn read(&self, id: &InstanceId) -> Result<Metadata, StoreError> {
+        let dir = self.data.instance(id);
+        let path = dir.metadata();
+        let unreadable = |source| StoreError::Unreadable {
+            id: *id,
+            path: path.clone(),
+            source,
+        };
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            // The directory is looked at after the file: one that is gone now was removed as a whole.
+            Err(error) if error.kind() == ErrorKind::NotFound && is_missing(dir.path()) => {
+                return Err(StoreError::NotFound { id: *id });
+            }
+            Err(error) => return Err(unreadable(UnreadableCause::Io(error))),
+        };
+        let metadata =
+            Metadata::from_json(&bytes).map_err(|error| unreadable(UnreadableCause::Format(error)))?;
+        if metadata.id != *id {
+            return Err(unreadable(UnreadableCause::OtherId { found: metadata.id }));
+        }
+        Ok(metadata)
+    }
+
+    /// Replaces the record of an instance.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such instance; [`StoreError::Unwritable`] if the record has no form in
+    /// JSON; [`StoreError::Io`]. The old record stays, except where only the last sync failed.
+    pub fn write(&self, metadata: &Metadata, durability: Durability) -> Result<(), StoreError> {
+        let dir = self.data.instance(&metadata.id);
+        if is_missing(dir.path()) {
+            return Err(StoreError::NotFound { id: metadata.id });
+        }
+        atomic::replace(&dir.metadata(), &json(metadata)?, durability)
+    }
+
+    /// Reads the records of all instances, in the order of their ids.
+    ///
+    /// Names that are no ids are passed over; [`Store::live_forks`] is where they matter.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the directory itself cannot be read.
+    pub fn scan(&self) -> Result<Vec<Scanned>, StoreError> {
+        let ids = self.entries()?.into_iter().filter_map(|entry| entry.id);
+        Ok(ids.filter_map(|id| self.scan_one(id)).collect())
+    }
+
+    /// Counts the forks of a template from the records on disk, in the order of their ids.
+    ///
+    /// What cannot be read could be a fork: it is an error, never zero.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreadable`] or [`StoreError::NotAnInstance`], with the path of what has to be repaired or
+    /// removed; [`StoreError::Io`].
+    pub fn live_forks(&self, template: &InstanceId) -> Result<Vec<LiveFork>, StoreError> {
+        let mut forks = Vec::new();
+        for Entry { path, id } in self.entries()? {
+            let Some(id) = id else {
+                return Err(StoreError::NotAnInstance { path });
+            };
+            let Some(scanned) = self.scan_one(id) else {
+                continue;
+            };
+            let metadata = scanned.metadata?;
+            if metadata.fork_of_template == Some(*template) {
+                forks.push(LiveFork {
+                    id,
+                    name: metadata.name,
+                });
+            }
+        }
+        Ok(forks)
+    }
+
+    /// Removes an instance, whether its record can be read or not, and what is kept for it as a template.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Io`]. If it fails half-way, the instance is gone, and what is left
+    /// over is swept at the next start.
+    pub fn remove(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let (path, deleted) = (
+            self.data.instance(id).path().to_owned(),
+            self.data.deleted_instance(id),
+        );
+        match fs::rename(&path, &deleted) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(StoreError::NotFound { id: *id });
+            }
+            renamed => renamed.while_trying("remove", &path)?,
+        }
+        atomic::sync_dir(&self.data.instances())?;
+        self.sweep(&deleted)
+    }
+
+    /// Finds what a crash left: `.new-*` and `.del-*` directories, and files that did not take their name.
+    ///
+    /// To be asked when a server starts: later it also finds what is being made.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn leftovers(&self) -> Result<Vec<PathBuf>, StoreError> {
+        let instances = self.data.instances();
+        let mut found = Vec::new();
+        for path in atomic::list(&instances)? {
+            if self.is_leftover(&path) {
+                found.push(path);
+            } else if path.is_dir() {
+                found.extend(
+                    atomic::list(&path)?
+                        .into_iter()
+                        .filter(|path| self.is_leftover(path)),
+                );
+                let snapshot = path.join("snapshot");
+                if snapshot.is_dir() {
+                    found.extend(
+                        atomic::list(&snapshot)?
+                            .into_iter()
+                            .filter(|path| self.is_leftover(path)),
+                    );
+                }
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Removes what [`Store::leftovers`] found.
+    ///
+    /// # Errors
+    /// [`StoreError::NotALeftover`] for any other path; [`StoreError::Io`].
+    pub fn sweep(&self, leftover: &Path) -> Result<(), StoreError> {
+        if !self.is_leftover(leftover) {
+            return Err(StoreError::NotALeftover {
+                path: leftover.to_owned(),
+            });
+        }
+        // First what is kept elsewhere for a removed template: as long as its directory is here, it is found again.
+        if let Some(id) = name_of(leftover).and_then(|name| name.strip_prefix(DEL_PREFIX)?.parse().ok()) {
+            atomic::remove_all(&self.data.template(&id))?;
+        }
+        atomic::remove_all(leftover)
+    }
+
+    fn is_leftover(&self, path: &Path) -> bool {
+        let Some(name) = name_of(path) else { return false };
+        if name.starts_with(TEMPORARY_PREFIX) {
+            return path.starts_with(self.data.instances());
+        }
+        (name.starts_with(NEW_PREFIX) || name.starts_with(DEL_PREFIX))
+            && path.parent() == Some(&self.data.instances())
+    }
+
+    /// What lies in the directory of instances, sorted; names that begin with a dot are no instances.
+    fn entries(&self) -> Result<Vec<Entry>, StoreError> {
+        let paths = atomic::list(&self.data.instances())?;
+        let mut entries: Vec<Entry> = paths
+            .into_iter()
+            .filter(|path| !path.file_name().unwrap_or_default().as_bytes().starts_with(b"."))
+            .map(|path| Entry {
+                id: name_of(&path).and_then(|name| name.parse().ok()),
+                path,
+            })
+            .collect();
+        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        Ok(entries)
+    }
+
+    /// Nothing, if it was removed since it was listed.
+    fn scan_one(&self, id: InstanceId) -> Option<Scanned> {
+        match self.read(&id) {
+            Err(StoreError::NotFound { .. }) => None,
+            metadata => Some(Scanned { id, metadata }),
+        }
+    }
+}
+
+struct Entry {
+    path: PathBuf,
+    id: Option<InstanceId>,
+}
+
+fn name_of(path: &Path) -> Option<&str> {
+    path.file_name().and_then(OsStr::to_str)
+}
+
+fn json(metadata: &Metadata) -> Result<Vec<u8>, StoreError> {
+    metadata.to_json().map_err(|source| StoreError::Unwritable {
+        id: metadata.id,
+        source,
+    })
+}
+
+/// Only a definite "no": where it cannot be told, the thing counts as there.
+fn is_missing(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+/// The path that `data` will have once it exists: absolute, without symbolic links in the part that exists.
+fn resolve(data: &Path) -> Result<PathBuf, StoreError> {
+    let absolute = std::path::absolute(data).while_trying("find", data)?;
+    for ancestor in absolute.ancestors() {
+        if let (Ok(real), Ok(rest)) = (fs::canonicalize(ancestor), absolute.strip_prefix(ancestor)) {
+            return Ok(real.join(rest));
+        }
+    }
+    Ok(absolute)
+}
+
+/// The longest socket path below `data` is that of a new instance's console.
+fn check_length(data: &Path) -> Result<(), StoreError> {
+    let console = DataDir::new(data)
+        .new_instance(&InstanceId::generate())
+        .console_socket();
+    let (length, below) = (
+        data.as_os_str().len(),
+        console.as_os_str().len() - data.as_os_str().len(),
+    );
+    let limit = MAX_SOCKET_PATH - below;
+    if length > limit {
+        return Err(StoreError::PathTooLong {
+            data: data.to_owned(),
+            length,
+            limit,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+//! Snapshots on disk: complete with their manifest, which is written last and removed first.
+
+use std::fs::{self, Permissions};
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::id::InstanceId;
+use crate::layout::SnapshotDir;
+use crate::manifest::SnapshotManifest;
+use crate::observe::SnapshotFacts;
+use crate::store::error::{IoContext, StoreError};
+use crate::store::{Durability, Store, atomic};
+
+impl Store {
+    /// What is on disk of an instance's snapshot. Everything but a missing manifest and a snapshot that is all there
+    /// is [`SnapshotFacts::Broken`], with the reason.
+    #[must_use]
+    pub fn snapshot(&self, id: &InstanceId) -> SnapshotFacts {
+        let dir = self.data.instance(id).snapshot();
+        let broken = |reason| SnapshotFacts::Broken { reason };
+        let manifest = match fs::read(dir.manifest()) {
+            Ok(bytes) => SnapshotManifest::from_json(&bytes),
+            Err(error) if error.kind() == ErrorKind::NotFound => return SnapshotFacts::Absent,
+            Err(error) => return broken(format!("its manifest cannot be read: {error}")),
+        };
+        match manifest {
+            Ok(manifest) => match fault(&dir, &manifest) {
+                None => SnapshotFacts::Complete(manifest),
+                Some(reason) => broken(reason),
+            },
+            Err(error) => broken(format!("its manifest cannot be read: {}", with_source(&error))),
+        }
+    }
+
+    /// Makes a snapshot exist whose files lie in `dir`: they are synced, its memory becomes read-only (0400), and the
+    /// manifest is written last. When this returns, it survives a power loss.
+    ///
+    /// # Errors
+    /// [`StoreError::BrokenSnapshot`] if the files are not what `manifest` says; [`StoreError::Io`]. The snapshot
+    /// then does not exist, except where only the last sync failed.
+    pub fn complete_snapshot(
+        &self,
+        dir: &SnapshotDir,
+        manifest: &SnapshotManifest,
+    ) -> Result<(), StoreError> {
+        verify(dir, manifest)?;
+        complete(dir, manifest)
+    }
+
+    /// Removes an instance's snapshot with its directory; nothing there is fine.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]. If it fails half-way, there is no snapshot any more.
+    pub fn discard_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let dir = self.data.instance(id).snapshot();
+        match fs::remove_file(dir.manifest()) {
+            Ok(()) => atomic::sync_dir(dir.path())?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).while_trying("remove", &dir.manifest()),
+        }
+        atomic::remove_all(dir.path())
+    }
+}
+
+/// Refuses a snapshot whose files are not what its manifest says.
+pub(super) fn verify(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(), StoreError> {
+    fault(dir, manifest).map_or(Ok(()), |reason| {
+        Err(StoreError::BrokenSnapshot {
+            path: dir.path().to_owned(),
+            reason,
+        })
+    })
+}
+
+/// Syncs the files of a snapshot and writes its manifest.
+pub(super) fn complete(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(), StoreError> {
+    let memory = dir.memory_ranges();
+    fs::set_permissions(&memory, Permissions::from_mode(0o400)).while_trying("make read-only", &memory)?;
+    for name in manifest.files.keys() {
+        atomic::sync_file(&dir.path().join(name))?;
+    }
+    let bytes = manifest.to_json().map_err(|error| StoreError::BrokenSnapshot {
+        path: dir.path().to_owned(),
+        reason: format!("its manifest cannot be written: {}", with_source(&error)),
+    })?;
+    // The names of the files, before the manifest says that they are there.
+    atomic::sync_dir(dir.path())?;
+    atomic::replace(&dir.manifest(), &bytes, Durability::Synced)?;
+    // And the name of the snapshot's directory.
+    dir.path().parent().map_or(Ok(()), atomic::sync_dir)
+}
+
+/// What is wrong with a snapshot, if anything.
+fn fault(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Option<String> {
+    if let Some(fault) = manifest.fault() {
+        return Some(fault);
+    }
+    manifest.files.iter().find_map(
+        |(name, &size)| match fs::symlink_metadata(dir.path().join(name)) {
+            Ok(metadata) if !metadata.is_file() => Some(format!("{name} is no file")),
+            Ok(metadata) if metadata.len() != size => Some(format!(
+                "{name} has {} bytes, and its manifest says {size}",
+                metadata.len()
+            )),
+            Ok(_) => None,
+            Err(error) if error.kind() == ErrorKind::NotFound => Some(format!("{name} is missing")),
+            Err(error) => Some(format!("{name} cannot be looked at: {error}")),
+        },
+    )
+}
+
+/// An error with its causes in one line, for a reason that is text.
+fn with_source(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(
+        || error.to_string(),
+        |source| format!("{error}: {}", with_source(source)),
+    )
+}
