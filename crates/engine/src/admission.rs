@@ -1,0 +1,132 @@
+//! Checks of a request against the host, before anything is made.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use stencil_core::{HypervisorName, Readiness, VmSpec};
+
+use crate::{CreateRequest, Engine, EngineError};
+
+/// Guest memory is given out in pages of this many bytes.
+const PAGE_BYTES: u64 = 4096;
+/// Less than this holds no kernel.
+const LEAST_MEMORY_BYTES: u64 = 2 << 20;
+/// Longest text that a guest is expected to print when it is ready, in bytes.
+const LONGEST_READY_TEXT: usize = 1024;
+/// What an ELF file begins with.
+const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
+/// What a bzImage has at [`BZIMAGE_MAGIC_OFFSET`] (Linux, Documentation/arch/x86/boot.rst, "header").
+const BZIMAGE_MAGIC: &[u8; 4] = b"HdrS";
+const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
+
+fn invalid<T>(message: impl Into<String>) -> Result<T, EngineError> {
+    Err(EngineError::Invalid(message.into()))
+}
+
+impl Engine {
+    /// The checked specification of a new instance.
+    pub(crate) fn admit(&self, request: &CreateRequest) -> Result<VmSpec, EngineError> {
+        let hypervisor: HypervisorName = request
+            .hypervisor
+            .parse()
+            .or_else(|reason| invalid(format!("hypervisor: {reason}")))?;
+        let most_vcpus = self.hypervisor(&hypervisor)?.capabilities().max_vcpus;
+        if request.vcpus == 0 || request.vcpus > most_vcpus {
+            return invalid(format!(
+                "vcpus is {}; {hypervisor} takes 1 to {most_vcpus}",
+                request.vcpus
+            ));
+        }
+        check_memory(request.memory_bytes)?;
+        if let Readiness::Console(text) = &request.readiness
+            && (text.is_empty() || text.len() > LONGEST_READY_TEXT)
+        {
+            return invalid(format!(
+                "readiness.console is {} bytes long; it takes 1 to {LONGEST_READY_TEXT} bytes that the guest prints when it is ready",
+                text.len()
+            ));
+        }
+        let spec = VmSpec {
+            hypervisor,
+            kernel: request.kernel.clone(),
+            initrd: request.initrd.clone(),
+            cmdline: request.cmdline.clone(),
+            vcpus: request.vcpus,
+            memory_bytes: request.memory_bytes,
+            readiness: request.readiness.clone(),
+            labels: request.labels.clone(),
+            other: serde_json::Map::new(),
+        };
+        check_boot_files(&spec)?;
+        Ok(spec)
+    }
+}
+
+fn check_memory(bytes: u64) -> Result<(), EngineError> {
+    if !bytes.is_multiple_of(PAGE_BYTES) {
+        return invalid(format!(
+            "memory is {bytes} bytes; it takes a multiple of {PAGE_BYTES}"
+        ));
+    }
+    if bytes < LEAST_MEMORY_BYTES {
+        return invalid(format!(
+            "memory is {bytes} bytes; it takes at least {LEAST_MEMORY_BYTES}"
+        ));
+    }
+    let host = host_memory_bytes();
+    if bytes > host {
+        return invalid(format!("memory is {bytes} bytes; this host has {host}"));
+    }
+    Ok(())
+}
+
+fn host_memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(u64::from(info.mem_unit))
+}
+
+/// That what is booted is there, readable and of a kind that can be booted.
+pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
+    let kernel = open("kernel", &spec.kernel)?;
+    let starts_with = |magic: &[u8; 4], offset| {
+        let mut found = [0; 4];
+        kernel.read_exact_at(&mut found, offset).is_ok() && found == *magic
+    };
+    if !starts_with(ELF_MAGIC, 0) && !starts_with(BZIMAGE_MAGIC, BZIMAGE_MAGIC_OFFSET) {
+        return invalid(format!(
+            "kernel `{}` is no kernel; it takes an ELF with a PVH note or a bzImage",
+            spec.kernel.display()
+        ));
+    }
+    spec.initrd
+        .as_deref()
+        .map(|initrd| open("initrd", initrd))
+        .transpose()?;
+    Ok(())
+}
+
+/// Opens a file that the request names. Its path is the client's own, so the message may repeat it.
+fn open(field: &str, path: &Path) -> Result<File, EngineError> {
+    let shown = path.display();
+    if !path.is_absolute() {
+        return invalid(format!(
+            "{field} `{shown}` is a relative path; it takes an absolute one, as the server sees it"
+        ));
+    }
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return invalid(format!(
+                "{field} `{shown}` is not there; it takes a file that the server can read"
+            ));
+        }
+        Err(error) => return invalid(format!("{field} `{shown}` cannot be read by the server: {error}")),
+    };
+    match file.metadata() {
+        Ok(metadata) if metadata.is_file() => Ok(file),
+        Ok(_) => invalid(format!("{field} `{shown}` is no regular file")),
+        Err(error) => invalid(format!("{field} `{shown}` cannot be read by the server: {error}")),
+    }
+}

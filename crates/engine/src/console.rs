@@ -1,0 +1,264 @@
+//! The guest's serial console: what it printed, what it is given to read, and whether it has said that it is ready.
+//!
+//! The console log on disk is the one source for output, whatever the hypervisor: it survives the VMM and the server,
+//! and growth is told by inotify. Input goes to the VMM's console socket.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use bytes::Bytes;
+use futures_util::Stream;
+use futures_util::stream::BoxStream;
+use stencil_core::{InstanceDir, Readiness};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use crate::changes::Changes;
+use crate::registry::Slot;
+use crate::{Engine, EngineError};
+
+/// Bytes that are read from a log at a time.
+const CHUNK: usize = 64 << 10;
+
+/// What a guest printed, chunk by chunk; with `follow`, as it comes, until its VM is down.
+pub type ConsoleStream = BoxStream<'static, Result<Bytes, EngineError>>;
+
+impl Engine {
+    /// What the guest printed: all of it, or the last `tail` lines; with `follow` the stream goes on as the guest prints,
+    /// until its VM is down.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::Io`] if the log cannot be read.
+    pub fn console(
+        &self,
+        reference: &str,
+        tail: Option<u64>,
+        follow: bool,
+    ) -> Result<ConsoleStream, EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let dir = self.dir(&slot.id);
+        let path = dir.console_log();
+        // Watched before it is read, so that nothing is missed in between.
+        let changes = follow.then(|| Changes::of(&slot, &dir)).transpose()?;
+        let mut log = match File::open(&path) {
+            Ok(log) => Some(log),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => return Err(EngineError::io("read", path)(error)),
+        };
+        if let (Some(log), Some(lines)) = (&mut log, tail) {
+            seek_to_last_lines(log, lines).map_err(EngineError::io("read", &path))?;
+        }
+        Ok(Box::pin(follow_log(Follow {
+            log,
+            dir,
+            slot,
+            changes,
+        })))
+    }
+
+    /// Gives the guest bytes to read from its console.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::NoConsole`] while its VM is down.
+    pub async fn console_write(&self, reference: &str, input: &[u8]) -> Result<(), EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let path = self.dir(&slot.id).console_socket();
+        let mut console = match UnixStream::connect(&path).await {
+            Ok(console) => console,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Err(EngineError::NoConsole(slot.id));
+            }
+            Err(error) => return Err(EngineError::io("connect to", path)(error)),
+        };
+        console
+            .write_all(input)
+            .await
+            .map_err(EngineError::io("write to", path))
+    }
+}
+
+struct Follow {
+    log: Option<File>,
+    dir: InstanceDir,
+    slot: std::sync::Arc<Slot>,
+    changes: Option<Changes>,
+}
+
+fn follow_log(follow: Follow) -> impl Stream<Item = Result<Bytes, EngineError>> + Send {
+    futures_util::stream::try_unfold(follow, |mut follow| async move {
+        loop {
+            // Asked before the log is read: what a VM printed before it went down is still delivered.
+            let up = follow
+                .slot
+                .vmm()
+                .is_some_and(|running| running.process.has_exited().is_none());
+            let path = follow.dir.console_log();
+            if follow.log.is_none() {
+                follow.log = File::open(&path).ok();
+            }
+            if let Some(log) = &mut follow.log {
+                let mut chunk = vec![0; CHUNK];
+                let read = log.read(&mut chunk).map_err(EngineError::io("read", path))?;
+                if read > 0 {
+                    chunk.truncate(read);
+                    return Ok(Some((Bytes::from(chunk), follow)));
+                }
+            }
+            match &mut follow.changes {
+                Some(changes) if up => changes.next().await,
+                _ => return Ok(None),
+            }
+        }
+    })
+}
+
+/// Moves the file's position to the beginning of its last `lines` lines.
+fn seek_to_last_lines(log: &mut File, lines: u64) -> std::io::Result<()> {
+    let end = log.seek(SeekFrom::End(0))?;
+    if lines == 0 {
+        return Ok(());
+    }
+    let mut chunk = vec![0; CHUNK];
+    let mut chunk_end = end;
+    let mut newlines = 0;
+    while chunk_end > 0 {
+        let chunk_begin = chunk_end.saturating_sub(CHUNK as u64);
+        let part = &mut chunk[..usize::try_from(chunk_end - chunk_begin).unwrap_or(CHUNK)];
+        log.read_exact_at(part, chunk_begin)?;
+        for (index, _) in part.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n') {
+            let next_line = chunk_begin + index as u64 + 1;
+            // The newline that ends the last line begins no further one.
+            if next_line != end {
+                newlines += 1;
+            }
+            if newlines == lines {
+                log.seek(SeekFrom::Start(next_line))?;
+                return Ok(());
+            }
+        }
+        chunk_end = chunk_begin;
+    }
+    log.seek(SeekFrom::Start(0))?;
+    Ok(())
+}
+
+/// Looks for the guest's word that it is ready, in what it printed in this epoch; each byte is looked at once.
+#[derive(Debug)]
+pub(crate) struct ReadyScan {
+    /// What to look for; `None` once it was found, or when nothing is asked of the guest.
+    wanted: Option<Vec<u8>>,
+    /// Where in the log to go on.
+    offset: u64,
+    /// The last bytes seen, in case the text began in them.
+    carried: Vec<u8>,
+}
+
+impl ReadyScan {
+    /// A scan of the epoch that begins at `offset` bytes into the log.
+    pub(crate) fn new(readiness: &Readiness, offset: u64) -> Self {
+        let wanted = match readiness {
+            Readiness::None => None,
+            Readiness::Console(text) => Some(text.as_bytes().to_vec()),
+        };
+        Self {
+            wanted,
+            offset,
+            carried: Vec::new(),
+        }
+    }
+
+    /// Reads on in the log; whether the guest is ready.
+    pub(crate) fn advance(&mut self, log: &Path) -> bool {
+        if self.wanted.is_none() {
+            return true;
+        }
+        // A log that is not there yet, or cannot be read, holds no word of the guest.
+        let Ok(log) = File::open(log) else { return false };
+        let mut chunk = vec![0; CHUNK];
+        while let Some(wanted) = &self.wanted {
+            let read = match log.read_at(&mut chunk, self.offset) {
+                Ok(0) | Err(_) => return false,
+                Ok(read) => read,
+            };
+            self.offset += read as u64;
+            self.carried.extend_from_slice(&chunk[..read]);
+            if self.carried.windows(wanted.len()).any(|window| window == wanted) {
+                self.wanted = None;
+                self.carried = Vec::new();
+            } else {
+                let keep = wanted.len() - 1;
+                self.carried.drain(..self.carried.len().saturating_sub(keep));
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn log(content: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    fn tail(content: &[u8], lines: u64) -> String {
+        let file = log(content);
+        let mut reader = File::open(file.path()).unwrap();
+        seek_to_last_lines(&mut reader, lines).unwrap();
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        rest
+    }
+
+    #[test]
+    fn the_tail_is_the_last_lines_whether_or_not_the_last_one_has_ended() {
+        assert_eq!(tail(b"a\nb\nc\n", 2), "b\nc\n");
+        assert_eq!(tail(b"a\nb\nc", 2), "b\nc");
+        assert_eq!(tail(b"a\nb\n", 9), "a\nb\n");
+        assert_eq!(tail(b"a\nb\n", 0), "");
+        assert_eq!(tail(b"", 3), "");
+    }
+
+    #[test]
+    fn the_tail_reaches_over_chunks() {
+        let long = [vec![b'x'; CHUNK * 2], b"\nlast\n".to_vec()].concat();
+        assert_eq!(tail(&long, 1), "last\n");
+        assert_eq!(tail(&long, 2).len(), long.len());
+    }
+
+    #[test]
+    fn ready_is_found_when_its_text_comes_in_two_pieces() {
+        let mut file = log(b"booting\nrea");
+        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 0);
+        assert!(!scan.advance(file.path()));
+        file.write_all(b"dy\n").unwrap();
+        assert!(scan.advance(file.path()));
+        assert!(scan.advance(file.path()), "and stays so");
+    }
+
+    #[test]
+    fn ready_of_an_earlier_epoch_does_not_count() {
+        let file = log(b"ready\n");
+        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 6);
+        assert!(!scan.advance(file.path()));
+    }
+
+    #[test]
+    fn no_readiness_asked_is_ready_without_a_log() {
+        assert!(ReadyScan::new(&Readiness::None, 0).advance(Path::new("/nonexistent")));
+    }
+}

@@ -1,0 +1,63 @@
+//! Creating an instance.
+
+use stencil_core::rules::Operation;
+use stencil_core::{Durability, InstanceId, InstanceName, Metadata, VmGeneration};
+
+use crate::instance::Stopwatch;
+use crate::registry::Reservation;
+use crate::{CreateRequest, Engine, EngineError, Instance};
+
+impl Engine {
+    /// Makes an instance and, unless it is asked not to, boots it. It does not wait for the guest to be ready: that is
+    /// what [`Engine::wait`] is for. If it cannot be booted, it is not made.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Invalid`] for what this host cannot do, [`EngineError::NameConflict`]; [`EngineError::Vmm`] if
+    /// the VMM fails.
+    pub async fn create(&self, request: CreateRequest) -> Result<Instance, EngineError> {
+        let engine = self.clone();
+        crate::lifecycle::detached(async move { engine.create_now(request).await }).await
+    }
+
+    async fn create_now(&self, request: CreateRequest) -> Result<Instance, EngineError> {
+        let mut stopwatch = Stopwatch::start(Operation::Start);
+        let spec = self.admit(&request)?;
+        let id = InstanceId::generate();
+        let reservation = self.reserve_for(id, request.name)?;
+        let metadata = Metadata::new(
+            id,
+            reservation.name().clone(),
+            spec,
+            VmGeneration::random(),
+            jiff::Timestamp::now(),
+        );
+        let made = metadata.clone();
+        self.on_disk(move |store| store.begin(id)?.commit(&made, Durability::Synced))
+            .await?;
+        let (slot, _guard) = reservation.commit(id);
+        stopwatch.lap("create");
+        if request.start
+            && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
+        {
+            self.discard(&slot).await?;
+            return Err(failed);
+        }
+        slot.finished(stopwatch.timings());
+        self.show(&slot).await
+    }
+
+    /// Takes the name that was asked for, or one made from the end of the id, where ids of one moment differ.
+    fn reserve_for(&self, id: InstanceId, name: Option<InstanceName>) -> Result<Reservation, EngineError> {
+        let name = match name {
+            Some(name) => name,
+            None => {
+                let id = id.to_string();
+                format!("vm-{}", &id[id.len() - 8..]).parse().map_err(|reason| {
+                    EngineError::Invalid(format!("no name can be made from the id {id}: {reason}"))
+                })?
+            }
+        };
+        self.inner.registry.reserve(name)
+    }
+}

@@ -1,0 +1,58 @@
+//! Deleting an instance.
+
+use std::sync::Arc;
+
+use stencil_core::rules::{self, Decision};
+use stencil_core::{State, StoreError};
+use stencil_vmm::stray_processes;
+
+use crate::registry::Slot;
+use crate::{Engine, EngineError};
+
+impl Engine {
+    /// Ends the VM and removes everything of the instance.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`] for a template with live forks; [`EngineError::Store`] if they cannot be counted, or
+    /// what is on disk cannot be removed.
+    pub async fn delete(&self, reference: &str) -> Result<(), EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let engine = self.clone();
+        crate::lifecycle::detached(async move {
+            let _guard = engine.exclusive(&slot).await?;
+            let (state, may_have_forks) = match engine.observe(&slot).await {
+                Ok(seen) => (seen.state(), seen.metadata.is_template),
+                // Whether it was a template cannot be read: it is taken for one.
+                Err(EngineError::Store(StoreError::Unreadable { .. })) => (State::Unknown, true),
+                Err(error) => return Err(error),
+            };
+            let forks = if may_have_forks {
+                engine.live_forks(&slot).await?
+            } else {
+                Vec::new()
+            };
+            match rules::delete(state, &forks)? {
+                Decision::Act | Decision::AlreadyThere => engine.discard(&slot).await,
+            }
+        })
+        .await
+    }
+
+    /// Ends the VM, if any, and removes the instance from disk and from the registry. The caller has its lock.
+    pub(crate) async fn discard(&self, slot: &Arc<Slot>) -> Result<(), EngineError> {
+        let dir = self.dir(&slot.id);
+        if let Ok(metadata) = self.read(&slot.id) {
+            self.end_vmm(slot, metadata).await?;
+        }
+        slot.set_vmm(None);
+        // With unreadable metadata nobody knows the VMM but the host.
+        for process in stray_processes(dir.path()) {
+            self.end_stray(&process).await;
+        }
+        let id = slot.id;
+        self.on_disk(move |store| store.remove(&id)).await?;
+        self.inner.registry.remove(slot);
+        Ok(())
+    }
+}

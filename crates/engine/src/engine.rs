@@ -1,0 +1,96 @@
+//! The engine: what it owns, and how it is opened on a data directory.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use stencil_core::{HypervisorName, InstanceDir, InstanceId, Metadata, Store, StoreError};
+use stencil_vmm::Hypervisor;
+use tokio::sync::Semaphore;
+
+use crate::EngineError;
+use crate::registry::Registry;
+
+/// What an engine is opened with.
+#[derive(Debug)]
+pub struct Config {
+    /// The data directory; made if it is not there.
+    pub data: PathBuf,
+    /// The hypervisors that instances can ask for by name.
+    pub hypervisors: Vec<Arc<dyn Hypervisor>>,
+}
+
+/// Manages the instances of one data directory. Cheap to clone; every clone is the same engine.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) store: Store,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) hypervisors: BTreeMap<String, Arc<dyn Hypervisor>>,
+    /// How many VMMs are brought up at a time: more than a few for each core only makes each of them later.
+    pub(crate) bring_up: Semaphore,
+}
+
+impl Engine {
+    /// Opens a data directory: takes its lock, reads what is there, reattaches to VMMs that went on running and sweeps
+    /// what a crash left behind.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Store`] if the directory is in use by another server, or cannot be read.
+    pub async fn open(config: Config) -> Result<Self, EngineError> {
+        let store = Store::open(&config.data)?;
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        let engine = Self {
+            inner: Arc::new(Inner {
+                store,
+                registry: Arc::default(),
+                hypervisors: config
+                    .hypervisors
+                    .into_iter()
+                    .map(|h| (h.name().to_string(), h))
+                    .collect(),
+                bring_up: Semaphore::new((2 * cores).max(4)),
+            }),
+        };
+        engine.reconcile().await?;
+        Ok(engine)
+    }
+
+    /// The backend that runs this instance's VM.
+    pub(crate) fn hypervisor(&self, name: &HypervisorName) -> Result<&Arc<dyn Hypervisor>, EngineError> {
+        self.inner.hypervisors.get(name.as_str()).ok_or_else(|| {
+            let known: Vec<&str> = self.inner.hypervisors.keys().map(String::as_str).collect();
+            EngineError::Invalid(format!(
+                "hypervisor `{name}` is not known here; this server has: {}",
+                known.join(", ")
+            ))
+        })
+    }
+
+    pub(crate) fn dir(&self, id: &InstanceId) -> InstanceDir {
+        self.inner.store.data().instance(id)
+    }
+
+    /// Runs store work that may wait for the disk (fsync, scans, removals) off the async threads.
+    pub(crate) async fn on_disk<T, F>(&self, work: F) -> Result<T, EngineError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner.store)).await {
+            Ok(done) => Ok(done?),
+            // The closure cannot be cancelled, so the join fails only by its panic, which goes on here.
+            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+        }
+    }
+
+    pub(crate) fn read(&self, id: &InstanceId) -> Result<Metadata, EngineError> {
+        Ok(self.inner.store.read(id)?)
+    }
+}

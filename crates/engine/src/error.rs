@@ -1,0 +1,105 @@
+//! How an operation of the engine fails.
+
+use std::path::PathBuf;
+
+use stencil_core::rules::Refusal;
+use stencil_core::{InstanceId, StoreError};
+use stencil_vmm::VmmError;
+
+/// An operation that was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The request cannot be done on this host; the message says what would be right.
+    #[error("{0}")]
+    Invalid(String),
+    /// No instance has this id, name or id prefix.
+    #[error("there is no instance `{0}`; it takes an id, an exact name, or a prefix that only one id has")]
+    NotFound(String),
+    /// Several ids begin with the prefix.
+    #[error("`{reference}` is the beginning of {} ids; give more of it", candidates.len())]
+    Ambiguous {
+        /// What was asked for.
+        reference: String,
+        /// The ids that begin with it.
+        candidates: Vec<InstanceId>,
+    },
+    /// The name is taken.
+    #[error("the name `{name}` is taken by instance {holder}; choose another one")]
+    NameConflict {
+        /// The name.
+        name: String,
+        /// Who has it; an id, or that it is being made.
+        holder: String,
+    },
+    /// The rules do not allow it in the instance's present state.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The guest is not there to talk to.
+    #[error("instance {0} has no console to write to while its VM is down; start or restore it first")]
+    NoConsole(InstanceId),
+    /// The snapshot that was there a moment ago is not there any more.
+    #[error("instance {0} has no complete snapshot")]
+    NoSnapshot(InstanceId),
+    /// The snapshot was made by another version of the VMM, which need not read it the same way.
+    #[error(
+        "the snapshot of instance {id} was made by version {made_by} of its VMM and this is {here}; restore it with {made_by}, or stop the instance to throw the snapshot away"
+    )]
+    OtherVersion {
+        /// Whose snapshot.
+        id: InstanceId,
+        /// The version that made it.
+        made_by: String,
+        /// The version that is here.
+        here: String,
+    },
+    /// The data directory could not be read or written.
+    #[error("the data directory could not be used")]
+    Store(#[from] StoreError),
+    /// A VMM could not be started or did not do what it was asked to.
+    #[error("the VMM of instance {id} failed")]
+    Vmm {
+        /// Whose VMM.
+        id: InstanceId,
+        /// What it said.
+        #[source]
+        source: VmmError,
+    },
+    /// A source that was put on standby to be forked could not be restored; its snapshot is kept.
+    #[error(
+        "instance {id} was put on standby to be forked and could not be restored; it is in Standby, nothing is lost"
+    )]
+    SourceNotRestored {
+        /// The source.
+        id: InstanceId,
+        /// Why.
+        #[source]
+        source: Box<EngineError>,
+    },
+    /// A file of an instance could not be used.
+    #[error("could not {what} {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl EngineError {
+    /// Turns a VMM's error into one that names the instance.
+    pub(crate) fn vmm(id: InstanceId) -> impl FnOnce(VmmError) -> Self {
+        move |source| Self::Vmm { id, source }
+    }
+
+    /// Turns an I/O error into one that names the file.
+    pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io {
+            what,
+            path: path.into(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! What the engine says of an instance.
+
+use std::time::{Duration, Instant};
+
+use stencil_core::rules::{LiveFork, Operation};
+use stencil_core::{InstanceId, InstanceName, Metadata, State};
+use stencil_vmm::MemoryUse;
+
+/// An instance as it was observed.
+#[derive(Clone, Debug)]
+pub struct Instance {
+    /// Its id.
+    pub id: InstanceId,
+    /// Its name; absent only where its metadata could not be read when the server started.
+    pub name: Option<InstanceName>,
+    /// Its metadata; absent where they cannot be read, and then the state is [`State::Unknown`].
+    pub metadata: Option<Metadata>,
+    /// Its derived state.
+    pub state: State,
+    /// Why the state is unknown, or what went wrong on the way to it.
+    pub state_error: Option<String>,
+    /// Of a template: its live forks.
+    pub forks: Option<Vec<LiveFork>>,
+    /// What its VMM process holds in memory; only where it was asked for and there is a process.
+    pub memory_use: Option<MemoryUse>,
+    /// How long its last operation took, by phase; forgotten when the server restarts.
+    pub timings: Option<Timings>,
+}
+
+/// How long an operation took, phase after phase; the phases add up to the whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Timings {
+    /// Which operation.
+    pub operation: Operation,
+    /// Phases in order.
+    pub phases: Vec<(&'static str, Duration)>,
+}
+
+impl Timings {
+    /// From the request to the end of the last phase.
+    pub fn total(&self) -> Duration {
+        self.phases.iter().map(|(_, took)| *took).sum()
+    }
+}
+
+/// Takes the time of each phase of an operation.
+#[derive(Clone, Debug)]
+pub(crate) struct Stopwatch {
+    timings: Timings,
+    last: Instant,
+}
+
+impl Stopwatch {
+    pub(crate) fn start(operation: Operation) -> Self {
+        Self {
+            timings: Timings {
+                operation,
+                phases: Vec::with_capacity(8),
+            },
+            last: Instant::now(),
+        }
+    }
+
+    /// Ends a phase: the time since the last one ended goes to `name`.
+    pub(crate) fn lap(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.timings.phases.push((name, now - self.last));
+        self.last = now;
+    }
+
+    pub(crate) fn timings(self) -> Timings {
+        self.timings
+    }
+}

@@ -1,0 +1,72 @@
+//! The lifecycle of VM instances: create, start, standby, restore, promote to a template, fork, demote, delete.
+//!
+//! Every operation has one shape: **observe** (metadata, snapshot, VMM), let [`stencil_core::rules`] **decide**, then
+//! **act** through the store and a [`Hypervisor`](stencil_vmm::Hypervisor). Nothing here decides whether an operation is
+//! allowed, and nothing about a VM's state is remembered: it is derived each time it is asked for.
+//!
+//! | module | role |
+//! |---|---|
+//! | `engine` | the [`Engine`]: what it owns, how it opens a data directory |
+//! | `requests`, `instance`, `error` | what goes in, what comes out |
+//! | `admission` | checks of a request against the host, before anything is made |
+//! | `registry` | which instances there are, their names, their locks and their running VMMs |
+//! | `observe` | gathers the facts that a state is derived from |
+//! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
+//! | `hops` | what they are made of: a VMM brought up, a snapshot written, a process ended |
+//! | `console`, `changes`, `wait` | the guest's output and input; waiting without polling |
+//! | `reconcile` | reattaches to VMMs and sweeps leftovers when the engine opens |
+//!
+//! # Locks
+//!
+//! One lock order, so that nothing can wait in a circle: (1) one instance's lock, shared by forks of a template, exclusive
+//! for everything else that changes it; (2) the registry's mutex, held for a look-up only and never across an await.
+//! No operation holds the locks of two instances, except that a fork under construction is locked by its creator before
+//! anyone else can see it. Reads (get, list, wait, console) take no instance lock.
+//!
+//! # Crashes
+//!
+//! An instance is made under a temporary name and renamed into place, with its VMM record inside; a VMM that is to go is
+//! first taken out of the record and then stopped. So whenever the server dies, an instance is as it was before the
+//! operation or as it is after it, and a VMM that no record names is a leftover that [`Engine::open`] stops.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::sync::Arc;
+//! use stencil_engine::{Config, Engine, ForkRequest};
+//! use stencil_vmm::MicroVm;
+//!
+//! let microvm = Arc::new(MicroVm::new(MicroVm::find()?));
+//! let engine = Engine::open(Config { data: "/var/lib/stencil".into(), hypervisors: vec![microvm] }).await?;
+//! engine.promote("warm").await?;
+//! let fork = engine.fork("warm", None, ForkRequest::default()).await?;
+//! println!("{} is {}", fork.id, fork.state);
+//! # Ok(())
+//! # }
+//! ```
+
+mod admission;
+mod changes;
+mod console;
+mod create;
+mod delete;
+mod engine;
+mod error;
+mod fork;
+mod hops;
+mod instance;
+mod lifecycle;
+mod observe;
+mod reconcile;
+mod registry;
+mod requests;
+mod template;
+mod wait;
+
+pub use console::ConsoleStream;
+pub use engine::{Config, Engine};
+pub use error::EngineError;
+pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
+pub use instance::{Instance, Timings};
+pub use requests::{CreateRequest, Filter, ForksRequest};
+pub use stencil_core::rules::ForkRequest;
+pub use wait::WaitOutcome;

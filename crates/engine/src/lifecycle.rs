@@ -1,0 +1,169 @@
+//! The operations of an instance's own life: start, stop, pause, resume, standby, restore; and the one shape that they
+//! and the operations of templates have. The hops they are made of are in `hops`.
+
+use std::sync::Arc;
+
+use stencil_core::State;
+use stencil_core::rules::{self, Decision, Operation};
+
+use crate::instance::Stopwatch;
+use crate::observe::Seen;
+use crate::registry::Slot;
+use crate::{Engine, EngineError, Instance};
+
+impl Engine {
+    /// Boots an instance that is down. It does not wait for the guest to be ready.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`] in a state that it cannot be started from; [`EngineError::Invalid`] if its kernel is no
+    /// longer there; [`EngineError::Vmm`].
+    pub async fn start(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Start).await
+    }
+
+    /// Ends the VM without asking the guest; on standby, throws the snapshot away.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`], also for a template with live forks; [`EngineError::Vmm`].
+    pub async fn stop(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Stop).await
+    }
+
+    /// Stops the vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`], [`EngineError::Vmm`].
+    pub async fn pause(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Pause).await
+    }
+
+    /// Lets paused vCPUs go on.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`], [`EngineError::Vmm`].
+    pub async fn resume(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Resume).await
+    }
+
+    /// Writes the VM to disk and ends its VMM. If the snapshot fails, the VM goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`], [`EngineError::Vmm`], [`EngineError::Store`].
+    pub async fn standby(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Standby).await
+    }
+
+    /// Lets an instance on standby go on, and waits for the guest to be ready, for a bounded time: it answers with the
+    /// state that was reached.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Refused`], also for a template; [`EngineError::Vmm`].
+    pub async fn restore(&self, reference: &str) -> Result<Instance, EngineError> {
+        self.change(reference, Change::Restore).await
+    }
+
+    /// The shape of every change of one instance: lock, observe, decide, act, show.
+    pub(crate) async fn change(&self, reference: &str, change: Change) -> Result<Instance, EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let engine = self.clone();
+        detached(async move {
+            let guard = engine.exclusive(&slot).await?;
+            let mut stopwatch = Stopwatch::start(change.operation());
+            let seen = engine.observe(&slot).await?;
+            if engine.decide(&slot, seen.state(), change).await? == Decision::Act {
+                stopwatch.lap("decide");
+                engine.act(&slot, seen, change, &mut stopwatch).await?;
+                slot.finished(stopwatch.timings());
+            }
+            drop(guard);
+            engine.show(&slot).await
+        })
+        .await
+    }
+
+    async fn decide(&self, slot: &Slot, state: State, change: Change) -> Result<Decision, EngineError> {
+        // Forks are counted only where they matter: it costs a scan.
+        let forks = match change {
+            Change::Stop | Change::Demote if state == State::Template => self.live_forks(slot).await?,
+            _ => Vec::new(),
+        };
+        Ok(match change {
+            Change::Start => rules::start(state),
+            Change::Stop => rules::stop(state, &forks),
+            Change::Pause => rules::pause(state),
+            Change::Resume => rules::resume(state),
+            Change::Standby => rules::standby(state),
+            Change::Restore => rules::restore(state),
+            Change::Promote => rules::promote(state),
+            Change::Demote => rules::demote(state, &forks),
+        }?)
+    }
+
+    async fn act(
+        &self,
+        slot: &Arc<Slot>,
+        seen: Seen,
+        change: Change,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let Seen {
+            metadata,
+            snapshot,
+            observed,
+        } = seen;
+        match change {
+            Change::Start => self.boot(slot, metadata, stopwatch).await,
+            Change::Stop => self.shut_down(slot, metadata, stopwatch).await,
+            Change::Pause => self.pause_vm(slot, &metadata, stopwatch).await,
+            Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
+            Change::Standby => self.suspend(slot, metadata, observed.state, stopwatch).await,
+            Change::Restore => self.wake(slot, metadata, &snapshot, stopwatch).await,
+            Change::Promote => self.promote_now(&metadata, stopwatch).await,
+            Change::Demote => self.demote_now(&metadata, stopwatch).await,
+        }
+    }
+}
+
+/// What can be asked of one instance that stays the same instance.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    Start,
+    Stop,
+    Pause,
+    Resume,
+    Standby,
+    Restore,
+    Promote,
+    Demote,
+}
+
+impl Change {
+    fn operation(self) -> Operation {
+        match self {
+            Self::Start => Operation::Start,
+            Self::Stop => Operation::Stop,
+            Self::Pause => Operation::Pause,
+            Self::Resume => Operation::Resume,
+            Self::Standby => Operation::Standby,
+            Self::Restore => Operation::Restore,
+            Self::Promote => Operation::Promote,
+            Self::Demote => Operation::Demote,
+        }
+    }
+}
+
+/// Runs an operation to its end even if whoever asked for it goes away: a client that hangs up must not leave an
+/// instance half-way.
+pub(crate) async fn detached<T: Send + 'static>(operation: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(operation).await {
+        Ok(done) => done,
+        // Nobody aborts the task, so the join fails only by its panic, which goes on here.
+        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+    }
+}

@@ -1,0 +1,187 @@
+//! Observing: the facts that a state is derived from, and the instance as it is shown.
+
+use futures_util::StreamExt;
+use stencil_core::rules::LiveFork;
+use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmmFacts};
+
+use crate::registry::Slot;
+use crate::{Engine, EngineError, Filter, Instance};
+
+/// How many instances a list observes at a time; each is one call to a VMM at most.
+const OBSERVED_AT_ONCE: usize = 32;
+
+/// An instance's metadata and what they, its snapshot and its VMM say together.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) metadata: Metadata,
+    pub(crate) snapshot: SnapshotFacts,
+    pub(crate) observed: Observed,
+}
+
+impl Seen {
+    pub(crate) fn state(&self) -> State {
+        self.observed.state
+    }
+}
+
+impl Engine {
+    /// Metadata, snapshot and VMM of an instance, and the state that follows from them.
+    pub(crate) async fn observe(&self, slot: &Slot) -> Result<Seen, EngineError> {
+        let metadata = self.read(&slot.id)?;
+        let vmm = self.vmm_facts(slot, &metadata).await;
+        // A VMM that is up decides alone; the snapshot is then not looked at.
+        let snapshot = match vmm {
+            VmmFacts::None | VmmFacts::Ended { .. } => self.inner.store.snapshot(&slot.id),
+            VmmFacts::Up { .. } | VmmFacts::Silent { .. } => SnapshotFacts::Absent,
+        };
+        let observed = stencil_core::observe::derive(&metadata, &snapshot, &vmm);
+        Ok(Seen {
+            metadata,
+            snapshot,
+            observed,
+        })
+    }
+
+    async fn vmm_facts(&self, slot: &Slot, metadata: &Metadata) -> VmmFacts {
+        let Some(record) = &metadata.vmm else {
+            return VmmFacts::None;
+        };
+        let pid = record.process.pid;
+        let running = slot
+            .vmm()
+            .filter(|running| *running.process.identity() == record.process);
+        let Some(running) = running else {
+            return VmmFacts::Ended {
+                reason: format!("process {pid} is gone; it ended while no server watched it"),
+            };
+        };
+        let ended = |exit| VmmFacts::Ended {
+            reason: format!("process {pid} {exit}"),
+        };
+        if let Some(exit) = running.process.has_exited() {
+            return ended(exit);
+        }
+        let dir = self.dir(&slot.id);
+        let hypervisor = match self.hypervisor(&metadata.spec.hypervisor) {
+            Ok(hypervisor) => hypervisor,
+            Err(unknown) => {
+                return VmmFacts::Silent {
+                    reason: unknown.to_string(),
+                };
+            }
+        };
+        match hypervisor.info(&dir).await {
+            Ok(status) => VmmFacts::Up {
+                phase: status.phase,
+                ready: running.is_ready(&dir.console_log()),
+                end: status.end,
+            },
+            Err(error) => match running.process.has_exited() {
+                Some(exit) => ended(exit),
+                None => VmmFacts::Silent {
+                    reason: format!("process {pid} does not answer: {}", chain(&error)),
+                },
+            },
+        }
+    }
+
+    /// One instance, by id, exact name or unique id prefix; with what its VMM holds in memory.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`].
+    pub async fn get(&self, reference: &str) -> Result<Instance, EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let mut instance = self.show(&slot).await?;
+        if let Some(running) = slot.vmm() {
+            // A process that has just ended has no memory to tell of.
+            instance.memory_use = running.process.memory().ok();
+        }
+        Ok(instance)
+    }
+
+    /// The instances that the filter lets through, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotFound`] and [`EngineError::Ambiguous`] for the filter's template.
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Instance>, EngineError> {
+        let template = filter
+            .template
+            .as_deref()
+            .map(|name| self.inner.registry.find(name))
+            .transpose()?
+            .map(|t| t.id);
+        let shown = futures_util::stream::iter(self.inner.registry.all())
+            .map(|slot| async move { self.show(&slot).await })
+            .buffered(OBSERVED_AT_ONCE)
+            .collect::<Vec<_>>()
+            .await;
+        Ok(shown
+            .into_iter()
+            // One that was deleted meanwhile is not in the list.
+            .filter_map(Result::ok)
+            .filter(|instance| filter.state.is_none_or(|state| instance.state == state))
+            .filter(|instance| {
+                template.is_none() || instance.metadata.as_ref().and_then(|m| m.fork_of_template) == template
+            })
+            .collect())
+    }
+
+    /// The instance as it is shown; unreadable metadata make it [`State::Unknown`], deletion an error.
+    pub(crate) async fn show(&self, slot: &Slot) -> Result<Instance, EngineError> {
+        let mut instance = Instance {
+            id: slot.id,
+            name: slot.name.clone(),
+            metadata: None,
+            state: State::Unknown,
+            state_error: None,
+            forks: None,
+            memory_use: None,
+            timings: slot.timings(),
+        };
+        match self.observe(slot).await {
+            Ok(seen) => {
+                instance.state = seen.observed.state;
+                instance.state_error = seen.observed.error;
+                if seen.metadata.is_template {
+                    match self.live_forks(slot).await {
+                        Ok(forks) => instance.forks = Some(forks),
+                        Err(error) => {
+                            instance
+                                .state_error
+                                .get_or_insert(format!("its forks cannot be counted: {}", chain(&error)));
+                        }
+                    }
+                }
+                instance.metadata = Some(seen.metadata);
+            }
+            Err(_) if !self.inner.registry.holds(slot) => {
+                return Err(EngineError::NotFound(slot.id.to_string()));
+            }
+            Err(EngineError::Store(error @ StoreError::Unreadable { .. })) => {
+                instance.state_error = Some(chain(&error));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(instance)
+    }
+
+    /// The live forks of a template, counted from the metadata on disk.
+    pub(crate) async fn live_forks(&self, slot: &Slot) -> Result<Vec<LiveFork>, EngineError> {
+        let id = slot.id;
+        self.on_disk(move |store| store.live_forks(&id)).await
+    }
+}
+
+/// An error and its sources in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}

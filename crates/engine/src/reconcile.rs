@@ -1,0 +1,88 @@
+//! What the engine does when it opens: finds its instances and their VMMs again, and sweeps what a crash left behind.
+
+use std::collections::HashSet;
+
+use stencil_core::{Metadata, ProcessIdentity};
+use stencil_vmm::{VmmProcess, stray_processes};
+
+use crate::observe::chain;
+use crate::registry::Slot;
+use crate::{Engine, EngineError};
+
+impl Engine {
+    pub(crate) async fn reconcile(&self) -> Result<(), EngineError> {
+        let mut recorded = HashSet::new();
+        for found in self.on_disk(stencil_core::Store::scan).await? {
+            match found.metadata {
+                Ok(metadata) => {
+                    recorded.extend(metadata.vmm.as_ref().map(|record| record.process.clone()));
+                    self.reattach(metadata);
+                }
+                Err(error) => {
+                    tracing::error!(instance = %found.id, error = chain(&error), "metadata cannot be read");
+                    self.inner.registry.add(Slot::new(found.id, None));
+                }
+            }
+        }
+        // A VMM that no record names belongs to an operation that did not end: the instance is as it was before it.
+        for process in stray_processes(&self.inner.store.data().instances()) {
+            if !recorded.contains(&process) {
+                tracing::warn!(
+                    pid = process.pid,
+                    "stopping a VMM that an interrupted operation left behind"
+                );
+                self.end_stray(&process).await;
+            }
+        }
+        let swept = self
+            .on_disk(|store| {
+                let leftovers = store.leftovers()?;
+                leftovers.iter().try_for_each(|leftover| store.sweep(leftover))?;
+                Ok(leftovers.len())
+            })
+            .await?;
+        if swept > 0 {
+            tracing::warn!(
+                directories = swept,
+                "swept what interrupted operations left behind"
+            );
+        }
+        Ok(())
+    }
+
+    fn reattach(&self, metadata: Metadata) {
+        let slot = self
+            .inner
+            .registry
+            .add(Slot::new(metadata.id, Some(metadata.name.clone())));
+        let Some(record) = &metadata.vmm else { return };
+        match VmmProcess::attach(&record.process) {
+            Ok(Some(process)) => {
+                tracing::info!(instance = %slot.id, pid = record.process.pid, "found a running VMM again");
+                self.adopt(&slot, process, record, &metadata.spec);
+            }
+            Ok(None) => {
+                tracing::warn!(instance = %slot.id, pid = record.process.pid, "its VMM ended while no server watched it");
+            }
+            Err(error) => {
+                tracing::error!(instance = %slot.id, pid = record.process.pid, error = chain(&error), "cannot tell whether its VMM runs");
+            }
+        }
+    }
+
+    /// Ends a VMM that belongs to no instance any more.
+    pub(crate) async fn end_stray(&self, identity: &ProcessIdentity) {
+        let ended = match VmmProcess::attach(identity) {
+            Ok(Some(process)) => process.terminate().await.map(drop),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::error!(
+                pid = identity.pid,
+                error = chain(&error),
+                "a VMM that was left behind could not be ended"
+            );
+        }
+    }
+}

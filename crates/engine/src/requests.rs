@@ -1,0 +1,52 @@
+//! What the engine is asked for; parsed and checked for form by the caller.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use stencil_core::{InstanceName, Readiness, State};
+
+use crate::ForkRequest;
+
+/// A new instance. [`Engine::create`](crate::Engine::create) checks it against the host.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// A name that no other instance has; made up from the id when absent.
+    pub name: Option<InstanceName>,
+    /// Which hypervisor, such as `microvm`.
+    pub hypervisor: String,
+    /// Absolute path of an ELF with a PVH note or of a bzImage.
+    pub kernel: PathBuf,
+    /// Absolute path of the initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// vCPUs, from 1 to what the hypervisor can.
+    pub vcpus: u32,
+    /// Guest memory in bytes: a multiple of 4096, more than 0, at most what the host has.
+    pub memory_bytes: u64,
+    /// How the guest says that it is ready.
+    pub readiness: Readiness,
+    /// Free for the user.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it is booted too.
+    pub start: bool,
+}
+
+/// Many forks of one source.
+#[derive(Clone, Debug)]
+pub struct ForksRequest {
+    /// From 1 to [`MAX_FORKS_PER_CALL`](crate::MAX_FORKS_PER_CALL).
+    pub count: u32,
+    /// Forks are named `<prefix>-1`, `<prefix>-2`, ..., taken names left out; the source's name when absent.
+    pub name_prefix: Option<InstanceName>,
+    /// What each fork is to be.
+    pub fork: ForkRequest,
+}
+
+/// Which instances a list shows; all of them by default.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only those in this state.
+    pub state: Option<State>,
+    /// Only forks of this template: an id, a name or an id prefix.
+    pub template: Option<String>,
+}

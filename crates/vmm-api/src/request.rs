@@ -1,0 +1,42 @@
+//! Bodies of `vm.snapshot` and `vm.restore`; that of `vm.create` is a [`VmConfig`](crate::VmConfig).
+
+use serde::{Deserialize, Serialize};
+
+/// Body of `vm.snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// `file://` and the absolute path of an empty directory.
+    pub destination_url: String,
+}
+
+/// Body of `vm.restore`. The VM is left paused unless `resume`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreRequest {
+    /// `file://` and the absolute path of a directory that `vm.snapshot` wrote.
+    pub source_url: String,
+    /// Whether all of the guest's memory is made resident before the call answers.
+    #[serde(default)]
+    pub prefault: bool,
+    /// How the guest's memory comes back.
+    #[serde(default)]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// Whether the vCPUs run when the call answers.
+    #[serde(default)]
+    pub resume: bool,
+    /// *Extension.* The VM generation id of the new machine, 32 hexadecimal digits. Given when the restore is a
+    /// fork; without it the guest keeps the id that it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<String>,
+}
+
+/// How `vm.restore` brings back the guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryRestoreMode {
+    /// Reads all of it before the call answers.
+    #[default]
+    Copy,
+    /// Cloud Hypervisor's own lazy restore; the microVM does not have it.
+    OnDemand,
+    /// *Extension.* Maps the memory file privately: clean pages stay in the page cache, shared by all who map it.
+    Cow,
+}
