@@ -1,4 +1,4 @@
-//! The guest's serial console: what it printed, what it is given to read, and whether it has said that it is ready.
+//! The guest's serial console: what it printed, and what it is given to read.
 //!
 //! The console log on disk is the one source for output, whatever the hypervisor: it survives the VMM and the server,
 //! and growth is told by inotify. Input goes to the VMM's console socket.
@@ -6,12 +6,11 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::stream::BoxStream;
-use stencil_core::{InstanceDir, Readiness};
+use stencil_core::InstanceDir;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
@@ -151,58 +150,6 @@ fn seek_to_last_lines(log: &mut File, lines: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Looks for the guest's word that it is ready, in what it printed in this epoch; each byte is looked at once.
-#[derive(Debug)]
-pub(crate) struct ReadyScan {
-    /// What to look for; `None` once it was found, or when nothing is asked of the guest.
-    wanted: Option<Vec<u8>>,
-    /// Where in the log to go on.
-    offset: u64,
-    /// The last bytes seen, in case the text began in them.
-    carried: Vec<u8>,
-}
-
-impl ReadyScan {
-    /// A scan of the epoch that begins at `offset` bytes into the log.
-    pub(crate) fn new(readiness: &Readiness, offset: u64) -> Self {
-        let wanted = match readiness {
-            Readiness::None => None,
-            Readiness::Console(text) => Some(text.as_bytes().to_vec()),
-        };
-        Self {
-            wanted,
-            offset,
-            carried: Vec::new(),
-        }
-    }
-
-    /// Reads on in the log; whether the guest is ready.
-    pub(crate) fn advance(&mut self, log: &Path) -> bool {
-        if self.wanted.is_none() {
-            return true;
-        }
-        // A log that is not there yet, or cannot be read, holds no word of the guest.
-        let Ok(log) = File::open(log) else { return false };
-        let mut chunk = vec![0; CHUNK];
-        while let Some(wanted) = &self.wanted {
-            let read = match log.read_at(&mut chunk, self.offset) {
-                Ok(0) | Err(_) => return false,
-                Ok(read) => read,
-            };
-            self.offset += read as u64;
-            self.carried.extend_from_slice(&chunk[..read]);
-            if self.carried.windows(wanted.len()).any(|window| window == wanted) {
-                self.wanted = None;
-                self.carried = Vec::new();
-            } else {
-                let keep = wanted.len() - 1;
-                self.carried.drain(..self.carried.len().saturating_sub(keep));
-            }
-        }
-        true
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -238,27 +185,5 @@ mod tests {
         let long = [vec![b'x'; CHUNK * 2], b"\nlast\n".to_vec()].concat();
         assert_eq!(tail(&long, 1), "last\n");
         assert_eq!(tail(&long, 2).len(), long.len());
-    }
-
-    #[test]
-    fn ready_is_found_when_its_text_comes_in_two_pieces() {
-        let mut file = log(b"booting\nrea");
-        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 0);
-        assert!(!scan.advance(file.path()));
-        file.write_all(b"dy\n").unwrap();
-        assert!(scan.advance(file.path()));
-        assert!(scan.advance(file.path()), "and stays so");
-    }
-
-    #[test]
-    fn ready_of_an_earlier_epoch_does_not_count() {
-        let file = log(b"ready\n");
-        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 6);
-        assert!(!scan.advance(file.path()));
-    }
-
-    #[test]
-    fn no_readiness_asked_is_ready_without_a_log() {
-        assert!(ReadyScan::new(&Readiness::None, 0).advance(Path::new("/nonexistent")));
     }
 }

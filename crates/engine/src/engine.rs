@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use stencil_core::{HypervisorName, InstanceDir, InstanceId, Metadata, Store, StoreError};
+use stencil_core::{Durability, HypervisorName, InstanceDir, InstanceId, Metadata, Store, StoreError};
 use stencil_vmm::Hypervisor;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore};
 
 use crate::EngineError;
-use crate::registry::Registry;
+use crate::registry::{Registry, Slot};
 
 /// What an engine is opened with.
 #[derive(Debug)]
@@ -76,6 +76,26 @@ impl Engine {
         self.inner.store.data().instance(id)
     }
 
+    /// Takes the instance's lock for a change; fails if it was deleted while waiting for it.
+    pub(crate) async fn exclusive(&self, slot: &Arc<Slot>) -> Result<OwnedRwLockWriteGuard<()>, EngineError> {
+        let guard = Arc::clone(&slot.lock).write_owned().await;
+        self.still_there(slot).map(|()| guard)
+    }
+
+    /// Takes the instance's lock for something that leaves it as it is, side by side with others that do.
+    pub(crate) async fn shared(&self, slot: &Arc<Slot>) -> Result<OwnedRwLockReadGuard<()>, EngineError> {
+        let guard = Arc::clone(&slot.lock).read_owned().await;
+        self.still_there(slot).map(|()| guard)
+    }
+
+    fn still_there(&self, slot: &Slot) -> Result<(), EngineError> {
+        if self.inner.registry.holds(slot) {
+            Ok(())
+        } else {
+            Err(EngineError::NotFound(slot.id.to_string()))
+        }
+    }
+
     /// Runs store work that may wait for the disk (fsync, scans, removals) off the async threads.
     pub(crate) async fn on_disk<T, F>(&self, work: F) -> Result<T, EngineError>
     where
@@ -92,5 +112,9 @@ impl Engine {
 
     pub(crate) fn read(&self, id: &InstanceId) -> Result<Metadata, EngineError> {
         Ok(self.inner.store.read(id)?)
+    }
+
+    pub(crate) fn rewrite(&self, metadata: &Metadata, durability: Durability) -> Result<(), EngineError> {
+        Ok(self.inner.store.write(metadata, durability)?)
     }
 }

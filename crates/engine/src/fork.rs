@@ -9,10 +9,10 @@ use stencil_core::{
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::changes::Changes;
-use crate::hops::{SnapshotSource, vmm_record};
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
 use crate::registry::{Reservation, Slot};
+use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError, ForkRequest, ForksRequest, Instance};
 
 /// The most forks that one call makes.
@@ -117,7 +117,7 @@ impl Engine {
         let lock = if request.from_running {
             SourceLock::Exclusive(self.exclusive(source).await?)
         } else {
-            SourceLock::Shared(Arc::clone(&source.lock).read_owned().await)
+            SourceLock::Shared(self.shared(source).await?)
         };
         let seen = self.observe(source).await?;
         let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
@@ -222,25 +222,15 @@ impl Engine {
         reservation: Reservation,
         stopwatch: &mut Stopwatch,
     ) -> Result<Arc<Slot>, EngineError> {
-        let (id, mode) = (metadata.id, base.plan.memory_mode);
+        let id = metadata.id;
         let permit = self.bring_up_permit().await;
         stopwatch.lap("queue");
         let new = self.inner.store.begin(id)?;
-        let (process, version) = self
-            .bring_back(
-                id,
-                new.dir(),
-                &metadata.spec,
-                snapshot,
-                mode,
-                Some(&metadata.generation),
-                stopwatch,
-            )
+        let (process, record) = self
+            .bring_back(new.dir(), &metadata, snapshot, EpochKind::Fork, stopwatch)
             .await?;
-        let record = vmm_record(&process, version, EpochKind::Fork, 0);
         let metadata = Metadata {
             vmm: Some(record.clone()),
-            memory_mode: Some(mode),
             ..metadata
         };
         let unborn = new.dir().clone();

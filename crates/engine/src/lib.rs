@@ -12,8 +12,9 @@
 //! | `registry` | which instances there are, their names, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
-//! | `hops` | what they are made of: a VMM brought up, a snapshot written, a process ended |
-//! | `console`, `changes`, `wait` | the guest's output and input; waiting without polling |
+//! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
+//! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
+//! | `changes`, `wait` | waiting without polling |
 //! | `reconcile` | reattaches to VMMs and sweeps leftovers when the engine opens |
 //!
 //! # Locks
@@ -45,6 +46,7 @@
 //! ```
 
 mod admission;
+mod bring_up;
 mod changes;
 mod console;
 mod create;
@@ -52,13 +54,14 @@ mod delete;
 mod engine;
 mod error;
 mod fork;
-mod hops;
 mod instance;
 mod lifecycle;
 mod observe;
+mod readiness;
 mod reconcile;
 mod registry;
 mod requests;
+mod suspend;
 mod template;
 mod wait;
 

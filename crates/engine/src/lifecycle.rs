@@ -1,5 +1,5 @@
 //! The operations of an instance's own life: start, stop, pause, resume, standby, restore; and the one shape that they
-//! and the operations of templates have. The hops they are made of are in `hops`.
+//! and the operations of templates have. The hops they are made of are in `bring_up` and `suspend`.
 
 use std::sync::Arc;
 

@@ -12,7 +12,7 @@ use stencil_core::{InstanceId, InstanceName};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
-use crate::console::ReadyScan;
+use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
 
 #[derive(Debug, Default)]

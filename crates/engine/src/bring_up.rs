@@ -1,0 +1,213 @@
+//! A VMM is brought up for an instance, watched, and ended: the hops in which a process comes or goes.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use stencil_core::{Durability, Epoch, EpochKind, InstanceDir, InstanceId, Metadata, VmSpec, VmmRecord};
+use stencil_vmm::{Hypervisor, Restore, VmmError, VmmProcess};
+use tokio::sync::SemaphorePermit;
+
+use crate::admission::check_boot_files;
+use crate::instance::Stopwatch;
+use crate::observe::chain;
+use crate::readiness::ReadyScan;
+use crate::registry::{RunningVmm, Slot};
+use crate::suspend::SnapshotSource;
+use crate::{Engine, EngineError};
+
+impl Engine {
+    /// Boots the VM on a VMM of its own; one that is there with the guest down is replaced.
+    pub(crate) async fn boot(
+        &self,
+        slot: &Arc<Slot>,
+        metadata: Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        check_boot_files(&metadata.spec)?;
+        let metadata = self.end_vmm(slot, metadata).await?;
+        let dir = self.dir(&slot.id);
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        let _permit = self.bring_up_permit().await;
+        let console_offset = size_of(&dir.console_log());
+        let process = hypervisor.spawn(&dir).await.map_err(EngineError::vmm(slot.id))?;
+        stopwatch.lap("spawn");
+        let booted = async {
+            hypervisor
+                .create(&dir, &metadata.spec, &metadata.generation)
+                .await?;
+            hypervisor.boot(&dir).await?;
+            hypervisor.version().await
+        };
+        let version = self.or_stop(slot.id, &dir, hypervisor, &process, booted).await?;
+        stopwatch.lap("boot");
+        let record = vmm_record(&process, version, EpochKind::Boot, console_offset);
+        self.adopt(slot, process, &record, &metadata.spec);
+        self.rewrite(
+            &Metadata {
+                vmm: Some(record),
+                memory_mode: None,
+                ..metadata
+            },
+            Durability::Renamed,
+        )?;
+        stopwatch.lap("record");
+        Ok(())
+    }
+
+    /// Ends the VM, or throws a snapshot away: whatever there is, the instance is stopped after it.
+    pub(crate) async fn shut_down(
+        &self,
+        slot: &Arc<Slot>,
+        metadata: Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let metadata = self.end_vmm(slot, metadata).await?;
+        if metadata.is_template {
+            self.demote_now(&metadata, stopwatch).await?;
+        }
+        let id = slot.id;
+        self.on_disk(move |store| store.discard_snapshot(&id)).await?;
+        stopwatch.lap("stop");
+        Ok(())
+    }
+
+    /// Brings a VMM up in `dir` with the snapshot's VM in it, paused. Where the epoch is a fork, the VM becomes the new
+    /// machine that `metadata` describe.
+    pub(crate) async fn bring_back(
+        &self,
+        dir: &InstanceDir,
+        metadata: &Metadata,
+        source: &SnapshotSource,
+        began: EpochKind,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(VmmProcess, VmmRecord), EngineError> {
+        let id = metadata.id;
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        let here = hypervisor.version().await.map_err(EngineError::vmm(id))?;
+        let made_by = &source.manifest.hypervisor_version;
+        if here != *made_by {
+            return Err(EngineError::OtherVersion {
+                id,
+                made_by: made_by.clone(),
+                here,
+            });
+        }
+        let console_offset = size_of(&dir.console_log());
+        let process = hypervisor.spawn(dir).await.map_err(EngineError::vmm(id))?;
+        stopwatch.lap("spawn");
+        let restore = Restore {
+            snapshot: &source.dir,
+            memory_mode: metadata.memory_mode.unwrap_or_default(),
+            generation: (began == EpochKind::Fork).then_some(&metadata.generation),
+        };
+        self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
+            .await?;
+        stopwatch.lap("restore");
+        let record = vmm_record(&process, here, began, console_offset);
+        Ok((process, record))
+    }
+
+    /// Does the first calls to a new VMM; if one fails, the VMM does not stay.
+    async fn or_stop<T>(
+        &self,
+        id: InstanceId,
+        dir: &InstanceDir,
+        hypervisor: &Arc<dyn Hypervisor>,
+        process: &VmmProcess,
+        calls: impl Future<Output = Result<T, VmmError>>,
+    ) -> Result<T, EngineError> {
+        match process.during(calls).await {
+            Ok(done) => Ok(done),
+            Err(source) => {
+                self.stop_failed(id, dir, hypervisor, process).await;
+                Err(EngineError::Vmm { id, source })
+            }
+        }
+    }
+
+    /// Stops the VMM of an operation that failed; the operation's error is the one to tell.
+    pub(crate) async fn stop_failed(
+        &self,
+        id: InstanceId,
+        dir: &InstanceDir,
+        hypervisor: &Arc<dyn Hypervisor>,
+        process: &VmmProcess,
+    ) {
+        if let Err(error) = hypervisor.stop(dir, process).await {
+            tracing::error!(instance = %id, error = chain(&error), "a VMM that failed could not be stopped");
+        }
+    }
+
+    /// The VMM belongs to the instance from now on: its end will be noticed and told.
+    pub(crate) fn adopt(&self, slot: &Arc<Slot>, process: VmmProcess, record: &VmmRecord, spec: &VmSpec) {
+        let ready = ReadyScan::new(&spec.readiness, record.epoch.console_offset);
+        slot.set_vmm(Some(Arc::new(RunningVmm {
+            process: process.clone(),
+            ready: Mutex::new(ready),
+        })));
+        let slot = Arc::clone(slot);
+        tokio::spawn(async move {
+            let exit = process.exited().await;
+            let asked_for = slot
+                .vmm()
+                .is_none_or(|vmm| vmm.process.identity() != process.identity());
+            if !asked_for {
+                tracing::warn!(instance = %slot.id, pid = process.identity().pid, %exit, "a VMM ended by itself");
+            }
+            slot.tell();
+        });
+    }
+
+    /// Ends the VMM, if there is one. It is first taken out of the record: a crash in between leaves a VMM that no
+    /// record names, which the next server stops, and never an instance whose VMM seems to have failed.
+    pub(crate) async fn end_vmm(&self, slot: &Slot, metadata: Metadata) -> Result<Metadata, EngineError> {
+        if metadata.vmm.is_none() {
+            return Ok(metadata);
+        }
+        let metadata = Metadata {
+            vmm: None,
+            ..metadata
+        };
+        let running = slot.vmm();
+        self.rewrite(&metadata, Durability::Renamed)?;
+        slot.set_vmm(None);
+        if let Some(running) = running {
+            let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+            hypervisor
+                .stop(&self.dir(&slot.id), &running.process)
+                .await
+                .map_err(EngineError::vmm(slot.id))?;
+        }
+        Ok(metadata)
+    }
+
+    /// Waits for a turn to bring a VMM up.
+    pub(crate) async fn bring_up_permit(&self) -> SemaphorePermit<'_> {
+        // The semaphore is never closed.
+        #[expect(clippy::expect_used, reason = "only a closed semaphore refuses")]
+        self.inner
+            .bring_up
+            .acquire()
+            .await
+            .expect("the semaphore is open")
+    }
+}
+
+/// What the metadata say of a VMM that was just brought up.
+fn vmm_record(process: &VmmProcess, version: String, began: EpochKind, console_offset: u64) -> VmmRecord {
+    VmmRecord {
+        process: process.identity().clone(),
+        version,
+        started_at: jiff::Timestamp::now(),
+        epoch: Epoch {
+            began,
+            console_offset,
+        },
+        other: serde_json::Map::new(),
+    }
+}
+
+/// A file's size in bytes; 0 if it is not there.
+fn size_of(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |metadata| metadata.len())
+}

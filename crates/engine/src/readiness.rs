@@ -1,0 +1,118 @@
+//! Whether a guest has said that it is ready: the text that it is to print in each epoch, looked for in its console log.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use stencil_core::{Readiness, State};
+
+use crate::changes::Changes;
+use crate::registry::Slot;
+use crate::{Engine, EngineError};
+
+/// How long restore and fork wait for the guest to say that it is ready before they answer with `Initializing`.
+const READY_WAIT: Duration = Duration::from_secs(10);
+
+/// Bytes that are read from a log at a time.
+const CHUNK: usize = 64 << 10;
+
+impl Engine {
+    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed.
+    pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<(), EngineError> {
+        let log = self.dir(&slot.id).console_log();
+        let deadline = tokio::time::Instant::now() + READY_WAIT;
+        while slot.vmm().is_some_and(|running| !running.is_ready(&log))
+            && self.observe(slot).await?.state() == State::Initializing
+            && tokio::time::timeout_at(deadline, changes.next()).await.is_ok()
+        {}
+        Ok(())
+    }
+}
+
+/// Looks for the guest's word that it is ready, in what it printed in this epoch; each byte is looked at once.
+#[derive(Debug)]
+pub(crate) struct ReadyScan {
+    /// What to look for; `None` once it was found, or when nothing is asked of the guest.
+    wanted: Option<Vec<u8>>,
+    /// Where in the log to go on.
+    offset: u64,
+    /// The last bytes seen, in case the text began in them.
+    carried: Vec<u8>,
+}
+
+impl ReadyScan {
+    /// A scan of the epoch that begins at `offset` bytes into the log.
+    pub(crate) fn new(readiness: &Readiness, offset: u64) -> Self {
+        let wanted = match readiness {
+            Readiness::None => None,
+            Readiness::Console(text) => Some(text.as_bytes().to_vec()),
+        };
+        Self {
+            wanted,
+            offset,
+            carried: Vec::new(),
+        }
+    }
+
+    /// Reads on in the log; whether the guest is ready.
+    pub(crate) fn advance(&mut self, log: &Path) -> bool {
+        if self.wanted.is_none() {
+            return true;
+        }
+        // A log that is not there yet, or cannot be read, holds no word of the guest.
+        let Ok(log) = File::open(log) else { return false };
+        let mut chunk = vec![0; CHUNK];
+        while let Some(wanted) = &self.wanted {
+            let read = match log.read_at(&mut chunk, self.offset) {
+                Ok(0) | Err(_) => return false,
+                Ok(read) => read,
+            };
+            self.offset += read as u64;
+            self.carried.extend_from_slice(&chunk[..read]);
+            if self.carried.windows(wanted.len()).any(|window| window == wanted) {
+                self.wanted = None;
+                self.carried = Vec::new();
+            } else {
+                let keep = wanted.len() - 1;
+                self.carried.drain(..self.carried.len().saturating_sub(keep));
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn log(content: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    #[test]
+    fn ready_is_found_when_its_text_comes_in_two_pieces() {
+        let mut file = log(b"booting\nrea");
+        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 0);
+        assert!(!scan.advance(file.path()));
+        file.write_all(b"dy\n").unwrap();
+        assert!(scan.advance(file.path()));
+        assert!(scan.advance(file.path()), "and stays so");
+    }
+
+    #[test]
+    fn ready_of_an_earlier_epoch_does_not_count() {
+        let file = log(b"ready\n");
+        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 6);
+        assert!(!scan.advance(file.path()));
+    }
+
+    #[test]
+    fn no_readiness_asked_is_ready_without_a_log() {
+        assert!(ReadyScan::new(&Readiness::None, 0).advance(Path::new("/nonexistent")));
+    }
+}

@@ -1,0 +1,163 @@
+//! A VM is stopped and goes on: pause and resume, to disk (standby) and back (restore).
+
+use std::path::Path;
+use std::sync::Arc;
+
+use stencil_core::{
+    Durability, EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts,
+    SnapshotManifest, State,
+};
+
+use crate::changes::Changes;
+use crate::instance::Stopwatch;
+use crate::registry::Slot;
+use crate::{Engine, EngineError};
+
+impl Engine {
+    pub(crate) async fn pause_vm(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        hypervisor
+            .pause(&self.dir(&slot.id))
+            .await
+            .map_err(EngineError::vmm(slot.id))?;
+        stopwatch.lap("pause");
+        Ok(())
+    }
+
+    /// Lets the vCPUs go on. A snapshot that was taken before is out of date from here on and goes first: the VM's
+    /// disks and connections move on without it.
+    pub(crate) async fn resume_vm(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        self.inner.store.discard_snapshot(&slot.id)?;
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        hypervisor
+            .resume(&self.dir(&slot.id))
+            .await
+            .map_err(EngineError::vmm(slot.id))?;
+        stopwatch.lap("resume");
+        Ok(())
+    }
+
+    /// Writes a running or paused VM to disk and ends its VMM. If the snapshot fails, the VM is as it was.
+    pub(crate) async fn suspend(
+        &self,
+        slot: &Arc<Slot>,
+        metadata: Metadata,
+        state: State,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        if state == State::Running {
+            self.pause_vm(slot, &metadata, stopwatch).await?;
+        }
+        if let Err(failed) = self.write_snapshot(slot, &metadata, stopwatch).await {
+            if state == State::Running {
+                self.resume_vm(slot, &metadata, stopwatch).await?;
+            }
+            return Err(failed);
+        }
+        self.end_vmm(slot, metadata).await?;
+        stopwatch.lap("stop");
+        Ok(())
+    }
+
+    async fn write_snapshot(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        let hypervisor_version = hypervisor.version().await.map_err(EngineError::vmm(slot.id))?;
+        let dir = self.dir(&slot.id);
+        let snapshot = dir.snapshot();
+        // What an earlier attempt left is in the way: a snapshot is written into an empty directory.
+        self.inner.store.discard_snapshot(&slot.id)?;
+        std::fs::create_dir(snapshot.path()).map_err(EngineError::io("make", snapshot.path()))?;
+        hypervisor
+            .snapshot(&dir, &snapshot)
+            .await
+            .map_err(EngineError::vmm(slot.id))?;
+        stopwatch.lap("snapshot");
+        let manifest = SnapshotManifest {
+            schema: SnapshotManifest::SCHEMA,
+            created_at: jiff::Timestamp::now(),
+            hypervisor: metadata.spec.hypervisor.clone(),
+            hypervisor_version,
+            memory_generation: MemoryGeneration::random(),
+            memory_bytes: metadata.spec.memory_bytes,
+            files: SnapshotManifest::REQUIRED
+                .iter()
+                .map(|name| Ok(((*name).to_owned(), file_size(&snapshot.path().join(name))?)))
+                .collect::<Result<_, EngineError>>()?,
+            other: serde_json::Map::new(),
+        };
+        self.on_disk(move |store| store.complete_snapshot(&snapshot, &manifest))
+            .await?;
+        stopwatch.lap("sync");
+        Ok(())
+    }
+
+    /// Wakes an instance from its own snapshot and waits for its guest.
+    pub(crate) async fn wake(
+        &self,
+        slot: &Arc<Slot>,
+        metadata: Metadata,
+        snapshot: &SnapshotFacts,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let dir = self.dir(&slot.id);
+        let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
+        let permit = self.bring_up_permit().await;
+        let (process, record) = self
+            .bring_back(&dir, &metadata, &source, EpochKind::Restore, stopwatch)
+            .await?;
+        self.adopt(slot, process, &record, &metadata.spec);
+        let metadata = Metadata {
+            vmm: Some(record),
+            ..metadata
+        };
+        self.rewrite(&metadata, Durability::Renamed)?;
+        stopwatch.lap("record");
+        let changes = Changes::of(slot, &dir)?;
+        self.resume_vm(slot, &metadata, stopwatch).await?;
+        drop(permit);
+        self.until_ready(slot, changes).await?;
+        stopwatch.lap("ready");
+        Ok(())
+    }
+}
+
+/// A complete snapshot that a VM can be brought back from.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotSource {
+    pub(crate) dir: SnapshotDir,
+    pub(crate) manifest: SnapshotManifest,
+}
+
+impl SnapshotSource {
+    pub(crate) fn of(dir: &InstanceDir, snapshot: &SnapshotFacts) -> Option<Self> {
+        match snapshot {
+            SnapshotFacts::Complete(manifest) => Some(Self {
+                dir: dir.snapshot(),
+                manifest: manifest.clone(),
+            }),
+            SnapshotFacts::Absent | SnapshotFacts::Broken { .. } => None,
+        }
+    }
+}
+
+/// The size in bytes of a file that must be there.
+fn file_size(path: &Path) -> Result<u64, EngineError> {
+    Ok(std::fs::metadata(path)
+        .map_err(EngineError::io("read", path))?
+        .len())
+}
