@@ -35,12 +35,22 @@ pub(crate) enum GuestError {
 /// # Errors
 /// If cargo fails, or `target/fixtures` is not writable.
 pub(crate) fn build() -> Result<PathBuf, GuestError> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."));
     let package = root.join("fixtures/guest");
     let target = root.join("target/guest");
     let cargo = env::var_os("CARGO").unwrap_or(OsString::from("cargo"));
     let status = Command::new(&cargo)
-        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET, "--manifest-path"])
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--locked",
+            "--target",
+            TARGET,
+            "--manifest-path",
+        ])
         .arg(package.join("Cargo.toml"))
         .arg("--target-dir")
         .arg(&target)
@@ -48,13 +58,18 @@ pub(crate) fn build() -> Result<PathBuf, GuestError> {
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .status()
-        .map_err(|source| GuestError::Run { cargo: cargo.into(), source })?;
+        .map_err(|source| GuestError::Run {
+            cargo: cargo.into(),
+            source,
+        })?;
     if !status.success() {
         return Err(GuestError::Build(status));
     }
     let elf = root.join("target/fixtures/guest.elf");
-    place(&target.join(TARGET).join("release/stencil-guest"), &elf)
-        .map_err(|source| GuestError::Place { path: elf.clone(), source })?;
+    place(&target.join(TARGET).join("release/stencil-guest"), &elf).map_err(|source| GuestError::Place {
+        path: elf.clone(),
+        source,
+    })?;
     Ok(elf)
 }
 
