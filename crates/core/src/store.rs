@@ -162,6 +162,10 @@ impl Store {
             let Some(id) = id else {
                 return Err(StoreError::NotAnInstance { path });
             };
+            // No instance is a fork of its own, so its record need not be readable for this.
+            if id == *template {
+                continue;
+            }
             let Some(scanned) = self.scan_one(id) else {
                 continue;
             };

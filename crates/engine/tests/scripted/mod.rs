@@ -1,0 +1,269 @@
+//! A hypervisor for tests that does what it is told, so that any step of an operation can fail. Its VMMs are real
+//! processes without a VM: what the engine does with processes, files and locks is real.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use stencil_core::{
+    HypervisorName, InstanceDir, MemoryMode, ProcessIdentity, Readiness, SnapshotDir, VmGeneration, VmPhase,
+    VmSpec,
+};
+use stencil_engine::{Config, CreateRequest, Engine};
+use stencil_vmm::{Capabilities, Exit, Hypervisor, Restore, VmStatus, VmmError, VmmProcess, stray_processes};
+use tempfile::TempDir;
+
+#[derive(Debug, Default)]
+pub struct Scripted {
+    phases: Mutex<HashMap<OsString, VmPhase>>,
+    failing: Mutex<Option<&'static str>>,
+    log: Mutex<Vec<String>>,
+}
+
+impl Scripted {
+    /// The next calls of this name fail.
+    pub fn fail(&self, call: &'static str) {
+        *self.failing.lock().unwrap() = Some(call);
+    }
+
+    /// The calls that were made, such as `restore`, in order.
+    pub fn calls(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn call(&self, call: &'static str) -> Result<(), VmmError> {
+        self.log.lock().unwrap().push(call.to_owned());
+        match *self.failing.lock().unwrap() {
+            Some(failing) if failing == call => Err(VmmError::PathNotUtf8 {
+                path: PathBuf::from(call),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn set(&self, dir: &InstanceDir, phase: VmPhase) {
+        self.phases.lock().unwrap().insert(key(dir), phase);
+    }
+}
+
+/// The instance's id, also while its directory has the name of an instance that is being made.
+fn key(dir: &InstanceDir) -> OsString {
+    let name = dir.path().file_name().unwrap().to_str().unwrap();
+    name.trim_start_matches(".new-").into()
+}
+
+#[async_trait]
+impl Hypervisor for Scripted {
+    fn name(&self) -> HypervisorName {
+        "scripted".parse().unwrap()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            pause: true,
+            snapshot: true,
+            memory_modes: vec![MemoryMode::Cow],
+            max_vcpus: 4,
+        }
+    }
+
+    async fn version(&self) -> Result<String, VmmError> {
+        Ok("1.0.0".to_owned())
+    }
+
+    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+        self.call("spawn")?;
+        // An idle process that looks like a VMM to the sweep: its command line has `--api-socket`.
+        let child = Command::new("tail")
+            .args(["-f", "/dev/null", "--", "--api-socket"])
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let identity = identity(child.id());
+        self.set(dir, VmPhase::Undefined);
+        Ok(VmmProcess::attach(&identity).unwrap().unwrap())
+    }
+
+    async fn create(&self, dir: &InstanceDir, _: &VmSpec, _: &VmGeneration) -> Result<(), VmmError> {
+        self.call("create")?;
+        self.set(dir, VmPhase::Created);
+        Ok(())
+    }
+
+    async fn boot(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        self.call("boot")?;
+        self.set(dir, VmPhase::Running);
+        Ok(())
+    }
+
+    async fn pause(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        self.call("pause")?;
+        self.set(dir, VmPhase::Paused);
+        Ok(())
+    }
+
+    async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        self.call("resume")?;
+        self.set(dir, VmPhase::Running);
+        Ok(())
+    }
+
+    async fn snapshot(&self, _: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
+        fs::write(destination.config(), "{}").unwrap();
+        self.call("snapshot")?;
+        fs::write(destination.state(), "{}").unwrap();
+        fs::write(destination.memory_ranges(), vec![0; 8192]).unwrap();
+        Ok(())
+    }
+
+    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
+        self.call("restore")?;
+        assert_eq!(fs::read(request.snapshot.memory_ranges()).unwrap().len(), 8192);
+        self.set(dir, VmPhase::Paused);
+        Ok(())
+    }
+
+    async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
+        let phase = self
+            .phases
+            .lock()
+            .unwrap()
+            .get(&key(dir))
+            .copied()
+            .unwrap_or(VmPhase::Undefined);
+        Ok(VmStatus { phase, end: None })
+    }
+
+    async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
+        self.log.lock().unwrap().push("stop".to_owned());
+        Ok(process.terminate().await?)
+    }
+}
+
+fn identity(pid: u32) -> ProcessIdentity {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_name = &stat[stat.rfind(')').unwrap() + 2..];
+    ProcessIdentity {
+        pid,
+        // Field 22; field 3 comes first after the name (proc_pid_stat(5)).
+        start_time: after_name.split(' ').nth(22 - 3).unwrap().parse().unwrap(),
+        boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap()
+            .trim()
+            .to_owned(),
+    }
+}
+
+/// A data directory with an engine on it; when it goes, its VMMs go too.
+pub struct House {
+    pub engine: Engine,
+    pub hypervisor: Arc<Scripted>,
+    _vmms: Vmms,
+    pub data: TempDir,
+}
+
+impl House {
+    pub async fn new() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let hypervisor = Arc::new(Scripted::default());
+        let engine = open(&data, &hypervisor).await;
+        Self {
+            engine,
+            hypervisor,
+            _vmms: Vmms(data.path().to_owned()),
+            data,
+        }
+    }
+
+    /// The server dies and another one starts: nothing is kept but what is on disk and the VMMs.
+    pub async fn restart(self) -> Self {
+        drop(self.engine);
+        let engine = open(&self.data, &self.hypervisor).await;
+        Self { engine, ..self }
+    }
+
+    /// An instance that is called `name` and runs.
+    pub async fn running(&self, name: &str) {
+        self.engine.create(self.request(name)).await.unwrap();
+    }
+
+    /// An instance that is called `name` and is a template.
+    pub async fn template(&self, name: &str) {
+        self.running(name).await;
+        self.engine.standby(name).await.unwrap();
+        self.engine.promote(name).await.unwrap();
+    }
+
+    pub fn request(&self, name: &str) -> CreateRequest {
+        let kernel = self.data.path().join("kernel.elf");
+        fs::write(&kernel, b"\x7fELF and more").unwrap();
+        CreateRequest {
+            name: Some(name.parse().unwrap()),
+            hypervisor: "scripted".to_owned(),
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+            vcpus: 1,
+            memory_bytes: 16 << 20,
+            readiness: Readiness::None,
+            labels: Default::default(),
+            start: true,
+        }
+    }
+
+    /// Names of what lies among the instances.
+    pub fn directories(&self) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(self.data.path().join("instances"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Process ids of all VMMs of this data directory.
+    pub fn processes(&self) -> Vec<u32> {
+        stray_processes(self.data.path())
+            .into_iter()
+            .map(|process| process.pid)
+            .collect()
+    }
+
+    pub fn metadata_path(&self, id: &impl ToString) -> PathBuf {
+        self.data
+            .path()
+            .join("instances")
+            .join(id.to_string())
+            .join("metadata.json")
+    }
+}
+
+async fn open(data: &TempDir, hypervisor: &Arc<Scripted>) -> Engine {
+    let hypervisor: Arc<dyn Hypervisor> = hypervisor.clone();
+    Engine::open(Config {
+        data: data.path().to_owned(),
+        hypervisors: vec![hypervisor],
+    })
+    .await
+    .unwrap()
+}
+
+/// Ends the VMMs of a data directory when it goes.
+struct Vmms(PathBuf);
+
+impl Drop for Vmms {
+    fn drop(&mut self) {
+        for process in stray_processes(&self.0) {
+            let _ = Command::new("kill")
+                .args(["-9", &process.pid.to_string()])
+                .status();
+        }
+    }
+}
