@@ -1,6 +1,8 @@
 //! A hypervisor for tests that does what it is told, so that any step of an operation can fail. Its VMMs are real
 //! processes without a VM: what the engine does with processes, files and locks is real.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
