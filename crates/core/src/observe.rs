@@ -1,6 +1,6 @@
 //! Facts in, state out: what the metadata, the snapshot on disk and the VMM process say becomes one [`State`].
 //!
-//! [`derive`] is a pure function. Who gathers the facts decides nothing, and who decides reads no disk.
+//! [`derive()`] is a pure function. Who gathers the facts decides nothing, and who decides reads no disk.
 
 use crate::manifest::SnapshotManifest;
 use crate::metadata::Metadata;

@@ -241,11 +241,13 @@ pub fn delete(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal
     unless_in_use(Operation::Delete, decision, live_forks)
 }
 
-/// The record of an instance that becomes a template.
+/// The record of an instance that becomes a template. It is on standby, so a VMM that is still recorded has ended: that
+/// is forgotten, for a template cannot wake and would show it for ever.
 #[must_use]
 pub fn promoted(metadata: &Metadata) -> Metadata {
     Metadata {
         is_template: true,
+        vmm: None,
         ..metadata.clone()
     }
 }

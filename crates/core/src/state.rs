@@ -14,31 +14,27 @@
 //! | Template | on standby as a template: it can be forked, and cannot wake |
 //! | Unknown | it cannot be told; there is an error that says why; only delete is allowed |
 //!
-//! The machine, with its way of life from left to right and its sleep below:
+//! The machine: a life from left to right, and two ways down.
 //!
 //! ```text
-//!                               +-----------------------------+
-//!                               |                             v
-//!   Stopped ----> Created ------+---> Initializing ----> Running <----> Paused
-//!     ^  ^           |                     |             ^    |        ^  |  |
-//!     |  |           v                     v             |    v        |  |  |
-//!     |  +------- Shutdown <---------------+-------------+----+--------|--+  |
-//!     |              |                                   |             |     |
-//!     |              +-----------------------------------+             |     |
-//!     |                                                                |     |
-//!     +---------- Standby <--------------------------------------------|-----+
-//!     |             ^  |  +--------------------------------------------+
-//!     |             |  |
-//!     |      demote |  | promote
-//!     |             |  v
-//!     +--------- Template          both of its edges only without a live fork
+//!               +--------------------------+
+//!               |                          v
+//!  Stopped -> Created -> Initializing -> Running <-> Paused <-> Standby <-> Template
+//!   ^  ^        |              |          |  ^         |           |           |
+//!   |  |        v              v          v  |         v           |           |
+//!   |  |     +-------------------------------+------------+        |           |
+//!   |  +-----|                  Shutdown                  |        |           |
+//!   |        +--------------------------------------------+        |           |
+//!   |                                                              v           v
+//!   +--------------------------------------------------------------+-----------+
+//!                                                both edges of Template only without live forks
 //! ```
 //!
 //! An instance begins at Stopped. An operation goes along one edge or several: standby of a Running one is
 //! Running, Paused, Standby. Unknown has no edges: one finds oneself in it, and leaves by delete or by repair.
 //!
-//! The table is about what operations lead to. What is *observed* is finer in one place: a VM that was just restored
-//! or booted anew shows as Initializing until its guest is ready, on its way along the edge to Running.
+//! The table says where operations lead. What is *observed* is finer in one place: a VM that was restored, or booted
+//! again from Shutdown, shows as Initializing until its guest is ready, while it is on the edge to Running.
 
 use std::fmt;
 use std::str::FromStr;

@@ -151,7 +151,8 @@ impl Store {
 
     /// Counts the forks of a template from the records on disk, in the order of their ids.
     ///
-    /// What cannot be read could be a fork: it is an error, never zero.
+    /// What cannot be read could be a fork: it is an error, never zero. Only the template's own record is not looked
+    /// at, so that a damaged instance without forks can be deleted.
     ///
     /// # Errors
     /// [`StoreError::Unreadable`] or [`StoreError::NotAnInstance`], with the path of what has to be repaired or

@@ -106,9 +106,8 @@ const fn instead(operation: Operation, state: State) -> &'static str {
         }
         (O::Pause | O::Resume, S::Standby) => "it is on standby; let it go on first (restore)",
 
-        (O::Restore | O::Resume, S::Stopped | S::Created | S::Shutdown) => {
-            "it does not run and has no snapshot; start it (start)"
-        }
+        (O::Restore, S::Stopped | S::Created | S::Shutdown) => "it is not on standby; start it (start)",
+        (O::Resume, S::Stopped | S::Created | S::Shutdown) => "it is not paused; start it (start)",
         (O::Pause | O::Standby, S::Stopped | S::Created | S::Shutdown) => {
             "it does not run; start it first (start)"
         }

@@ -1,6 +1,9 @@
 //! The lock on a data directory: an exclusive flock(2) on a file that names its holder.
 //!
 //! The kernel releases it when its holder is gone, however it went. The file stays, so that all lock the same one.
+//!
+//! The lock belongs to the open file, which a child process shares from fork to exec, where it is closed. So an orderly
+//! end unlocks by name instead of only closing the file: a child that is just being started cannot prolong it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -12,10 +15,10 @@ use rustix::io::Errno;
 use crate::layout::DataDir;
 use crate::store::error::{IoContext, StoreError};
 
-/// Held as long as this value lives. The file is closed on exec, so that VMM processes do not inherit the lock.
+/// Held as long as this value lives.
 #[derive(Debug)]
 pub(super) struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -44,6 +47,13 @@ impl Lock {
         }
         file.set_len(0).while_trying("write", &path)?;
         writeln!(file, "{}", std::process::id()).while_trying("write", &path)?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // If it failed, closing the file, which comes next, would still release the lock.
+        let _ = flock(&self.file, FlockOperation::Unlock);
     }
 }

@@ -1,0 +1,18 @@
+//! Tests of the crate's surface, by subject.
+#![expect(
+    clippy::unwrap_used,
+    reason = "the functions that tests share fail like the tests themselves"
+)]
+
+mod crash;
+mod fork;
+mod given;
+mod lock;
+mod metadata;
+mod model;
+mod observe;
+mod rules;
+mod snapshot;
+mod state;
+mod store;
+mod unreadable;

@@ -1,0 +1,170 @@
+//! What cannot be read could be a fork: an error with its path and cause, never zero forks.
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+
+use stencil_core::{FormatError, StoreError, UnreadableCause};
+
+use crate::given;
+
+/// Its name, what it does to a record's file, and what the cause then says.
+type Damage = (&'static str, fn(&Path), &'static str);
+
+/// Every way in which a record can be unreadable.
+fn damages() -> Vec<Damage> {
+    fn rewrite(path: &Path, change: impl FnOnce(String) -> String) {
+        fs::write(path, change(fs::read_to_string(path).unwrap())).unwrap();
+    }
+    vec![
+        (
+            "empty",
+            |path| fs::write(path, "").unwrap(),
+            "it is no valid JSON",
+        ),
+        (
+            "truncated",
+            |path| rewrite(path, |text| text[..text.len() / 2].to_owned()),
+            "it is no valid JSON",
+        ),
+        (
+            "garbage",
+            |path| fs::write(path, b"\0\xff\x01").unwrap(),
+            "it is no valid JSON",
+        ),
+        (
+            "another schema",
+            |path| rewrite(path, |text| text.replace("\"schema\": 1", "\"schema\": 2")),
+            "its schema is 2",
+        ),
+        (
+            "no schema",
+            |path| fs::write(path, "{}").unwrap(),
+            "it has no \"schema\" number",
+        ),
+        (
+            "a wrong form",
+            |path| fs::write(path, "{\"schema\":1}").unwrap(),
+            "it does not have the form",
+        ),
+        (
+            "a directory",
+            |path| {
+                fs::remove_file(path).unwrap();
+                fs::create_dir(path).unwrap();
+            },
+            "Is a directory",
+        ),
+        ("missing", |path| fs::remove_file(path).unwrap(), "No such file"),
+        (
+            "of another instance",
+            |path| fs::write(path, given::minimal().to_json().unwrap()).unwrap(),
+            "it is that of instance 01k9z0c8mn0000000000000001",
+        ),
+        (
+            "a file in place of the instance",
+            |path| {
+                fs::remove_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path.parent().unwrap(), "").unwrap();
+            },
+            "Not a directory",
+        ),
+    ]
+}
+
+#[test]
+fn an_unreadable_record_is_an_error_with_its_path_and_cause_and_never_zero_forks() {
+    for (damage, inflict, cause) in damages() {
+        let (_scratch, store) = given::store();
+        let (template, bystander) = (given::record("template"), given::record("bystander"));
+        given::instance(&store, &template);
+        let path = given::instance(&store, &bystander).metadata();
+        inflict(&path);
+
+        for error in [
+            store.read(&bystander.id).unwrap_err(),
+            store.live_forks(&template.id).unwrap_err(),
+        ] {
+            let StoreError::Unreadable { id, path: at, .. } = &error else {
+                panic!("{damage}: {error:?}")
+            };
+            assert_eq!((id, at), (&bystander.id, &path), "{damage}");
+            let said = error.source().unwrap().to_string();
+            assert!(said.contains(cause), "{damage}: {said}");
+            assert!(
+                !error.to_string().contains(&said),
+                "{damage}: a message repeats its source"
+            );
+        }
+        assert!(
+            store
+                .scan()
+                .unwrap()
+                .iter()
+                .any(|scanned| scanned.id == bystander.id && scanned.metadata.is_err())
+        );
+        assert_eq!(store.read(&template.id).unwrap(), template, "{damage}");
+
+        // Delete is the way out.
+        store.remove(&bystander.id).unwrap();
+        assert_eq!(store.live_forks(&template.id).unwrap(), []);
+        assert!(store.leftovers().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn another_schema_is_told_by_its_type() {
+    let (_scratch, store) = given::store();
+    let metadata = given::record("web");
+    fs::write(given::instance(&store, &metadata).metadata(), "{\"schema\": 3}").unwrap();
+    let error = store.read(&metadata.id).unwrap_err();
+    let schema = |cause: &UnreadableCause| {
+        matches!(
+            cause,
+            UnreadableCause::Format(FormatError::Schema {
+                found: 3,
+                supported: 1
+            })
+        )
+    };
+    assert!(
+        matches!(&error, StoreError::Unreadable { source, .. } if schema(source)),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_name_that_is_no_id_could_be_a_fork() {
+    let (_scratch, store) = given::store();
+    let template = given::record("template");
+    given::instance(&store, &template);
+    for name in [
+        "lost+found",
+        &template.id.to_string().to_uppercase(),
+        "01k9z0c8mn",
+    ] {
+        let stray = store.data().instances().join(name);
+        fs::create_dir(&stray).unwrap();
+        let error = store.live_forks(&template.id).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::NotAnInstance { path } if *path == stray),
+            "{error:?}"
+        );
+        assert_eq!(store.scan().unwrap().len(), 1);
+        fs::remove_dir(&stray).unwrap();
+    }
+}
+
+#[test]
+fn the_forks_of_a_template_whose_own_record_is_damaged_are_still_found() {
+    let (_scratch, store) = given::store();
+    let template = given::record("template");
+    let fork = stencil_core::Metadata {
+        fork_of_template: Some(template.id),
+        ..given::record("fork")
+    };
+    fs::write(given::instance(&store, &template).metadata(), "{").unwrap();
+    assert!(store.live_forks(&template.id).unwrap().is_empty());
+    given::instance(&store, &fork);
+    assert_eq!(store.live_forks(&template.id).unwrap()[0].id, fork.id);
+}
