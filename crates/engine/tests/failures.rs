@@ -1,6 +1,8 @@
 //! What the engine leaves behind when a step fails, a process dies, or requests race: each instance is as it was before
 //! the operation or as it is after it, and nothing else is left.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod scripted;
 
 use std::fs;

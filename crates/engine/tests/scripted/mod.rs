@@ -20,7 +20,7 @@ use stencil_vmm::{Capabilities, Exit, Hypervisor, Restore, VmStatus, VmmError, V
 use tempfile::TempDir;
 
 #[derive(Debug, Default)]
-pub struct Scripted {
+pub(crate) struct Scripted {
     phases: Mutex<HashMap<OsString, VmPhase>>,
     failing: Mutex<Option<&'static str>>,
     log: Mutex<Vec<String>>,
@@ -28,12 +28,12 @@ pub struct Scripted {
 
 impl Scripted {
     /// The next calls of this name fail.
-    pub fn fail(&self, call: &'static str) {
+    pub(crate) fn fail(&self, call: &'static str) {
         *self.failing.lock().unwrap() = Some(call);
     }
 
     /// The calls that were made, such as `restore`, in order.
-    pub fn calls(&self) -> Vec<String> {
+    pub(crate) fn calls(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
 
@@ -79,6 +79,10 @@ impl Hypervisor for Scripted {
 
     async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
         self.call("spawn")?;
+        #[expect(
+            clippy::zombie_processes,
+            reason = "a zombie counts as gone, and goes with the test"
+        )]
         // An idle process that looks like a VMM to the sweep: its command line has `--api-socket`.
         let child = Command::new("tail")
             .args(["-f", "/dev/null", "--", "--api-socket"])
@@ -164,15 +168,15 @@ fn identity(pid: u32) -> ProcessIdentity {
 }
 
 /// A data directory with an engine on it; when it goes, its VMMs go too.
-pub struct House {
-    pub engine: Engine,
-    pub hypervisor: Arc<Scripted>,
+pub(crate) struct House {
+    pub(crate) engine: Engine,
+    pub(crate) hypervisor: Arc<Scripted>,
     _vmms: Vmms,
-    pub data: TempDir,
+    pub(crate) data: TempDir,
 }
 
 impl House {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         let hypervisor = Arc::new(Scripted::default());
         let engine = open(&data, &hypervisor).await;
@@ -185,25 +189,25 @@ impl House {
     }
 
     /// The server dies and another one starts: nothing is kept but what is on disk and the VMMs.
-    pub async fn restart(self) -> Self {
+    pub(crate) async fn restart(self) -> Self {
         drop(self.engine);
         let engine = open(&self.data, &self.hypervisor).await;
         Self { engine, ..self }
     }
 
     /// An instance that is called `name` and runs.
-    pub async fn running(&self, name: &str) {
+    pub(crate) async fn running(&self, name: &str) {
         self.engine.create(self.request(name)).await.unwrap();
     }
 
     /// An instance that is called `name` and is a template.
-    pub async fn template(&self, name: &str) {
+    pub(crate) async fn template(&self, name: &str) {
         self.running(name).await;
         self.engine.standby(name).await.unwrap();
         self.engine.promote(name).await.unwrap();
     }
 
-    pub fn request(&self, name: &str) -> CreateRequest {
+    pub(crate) fn request(&self, name: &str) -> CreateRequest {
         let kernel = self.data.path().join("kernel.elf");
         fs::write(&kernel, b"\x7fELF and more").unwrap();
         CreateRequest {
@@ -221,7 +225,7 @@ impl House {
     }
 
     /// Names of what lies among the instances.
-    pub fn directories(&self) -> Vec<String> {
+    pub(crate) fn directories(&self) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(self.data.path().join("instances"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -231,14 +235,14 @@ impl House {
     }
 
     /// Process ids of all VMMs of this data directory.
-    pub fn processes(&self) -> Vec<u32> {
+    pub(crate) fn processes(&self) -> Vec<u32> {
         stray_processes(self.data.path())
             .into_iter()
             .map(|process| process.pid)
             .collect()
     }
 
-    pub fn metadata_path(&self, id: &impl ToString) -> PathBuf {
+    pub(crate) fn metadata_path(&self, id: &impl ToString) -> PathBuf {
         self.data
             .path()
             .join("instances")
