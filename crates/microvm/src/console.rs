@@ -1,0 +1,257 @@
+//! Where the serial port goes: the console log, and the clients of the console socket.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, Weak};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use stencil_vmm_api::{SerialConfig, SerialMode};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{self, Receiver, Sender};
+use tokio::task::AbortHandle;
+
+use crate::counters::Counters;
+use crate::locked::locked;
+use crate::serial::Serial;
+use crate::socket::{BoundPath, Listening, SocketError};
+
+/// Bytes that may wait for a client before it is dropped.
+const BACKLOG: usize = 256 << 10;
+
+/// The serial port has nowhere to go.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConsoleError {
+    #[error("the console log {0:?} cannot be opened")]
+    Log(PathBuf, #[source] io::Error),
+    #[error("the console socket cannot be served")]
+    Socket(#[from] SocketError),
+}
+
+/// Those who are connected now.
+type Clients = Arc<Mutex<Vec<Client>>>;
+
+struct Client {
+    output: Sender<u8>,
+    task: AbortHandle,
+}
+
+/// Takes what the guest writes: to the log at once, in the vCPU's own thread, and to each client's queue.
+pub(crate) struct Output {
+    log: Option<File>,
+    clients: Clients,
+    counters: Arc<Counters>,
+}
+
+/// Where a serial port goes: files are open, and nobody is served yet.
+pub(crate) struct Places {
+    pub(crate) output: Output,
+    pub(crate) socket: Option<ConsoleSocket>,
+}
+
+/// The console socket before it is served.
+pub(crate) struct ConsoleSocket {
+    listening: Listening,
+    clients: Clients,
+}
+
+impl Places {
+    /// Opens what `config` names.
+    pub(crate) fn open(config: &SerialConfig, counters: Arc<Counters>) -> Result<Self, ConsoleError> {
+        let (file, socket) = match config.mode {
+            SerialMode::File => (config.file.as_deref(), None),
+            SerialMode::Socket => (config.file.as_deref(), config.socket.as_deref()),
+            SerialMode::Off | SerialMode::Null | SerialMode::Tty | SerialMode::Pty => (None, None),
+        };
+        let clients = Clients::default();
+        let log = file.map(open_log).transpose()?;
+        let listening = socket.map(|path| Listening::bind(Path::new(path))).transpose()?;
+        let socket = listening.map(|listening| ConsoleSocket {
+            listening,
+            clients: Arc::clone(&clients),
+        });
+        Ok(Self {
+            output: Output {
+                log,
+                clients,
+                counters,
+            },
+            socket,
+        })
+    }
+}
+
+/// Appends: what earlier epochs wrote stays.
+fn open_log(path: &str) -> Result<File, ConsoleError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(|error| ConsoleError::Log(path.into(), error))
+}
+
+impl Output {
+    #[cfg(test)]
+    pub(crate) fn nowhere(counters: Arc<Counters>) -> Self {
+        Self {
+            log: None,
+            clients: Clients::default(),
+            counters,
+        }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.counters.serial_out.fetch_add(bytes.len() as u64, Relaxed);
+        let logged = self.log.as_mut().map_or(Ok(()), |log| log.write_all(bytes));
+        let mut clients = locked(&self.clients);
+        if !clients.is_empty() {
+            clients.retain(|client| {
+                let kept_up = bytes.iter().all(|byte| client.output.try_send(*byte).is_ok());
+                // Its task is either over, or waits for a client that does not read.
+                if !kept_up && !client.output.is_closed() {
+                    client.task.abort();
+                    self.counters.clients_dropped.fetch_add(1, Relaxed);
+                    tracing::warn!("a console client did not keep up and is dropped");
+                }
+                kept_up
+            });
+        }
+        logged.map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Serves the console socket while it lives. Its clients see the end of the output when the serial port is dropped.
+pub(crate) struct Console {
+    accepting: AbortHandle,
+    _path: Option<BoundPath>,
+}
+
+impl ConsoleSocket {
+    /// Lets clients in from now on.
+    pub(crate) fn serve(self, serial: &Arc<Serial>, runtime: &Handle) -> Console {
+        let Listening { listener, path } = self.listening;
+        let clients = self.clients;
+        let input = Input {
+            serial: Arc::downgrade(serial),
+            room: serial.room(),
+        };
+        let accepting = runtime.spawn(async move {
+            match UnixListener::from_std(listener) {
+                Ok(listener) => accept(&listener, &clients, &input).await,
+                Err(error) => tracing::error!(%error, "the console socket cannot be served"),
+            }
+        });
+        Console {
+            accepting: accepting.abort_handle(),
+            _path: path,
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn accept(listener: &UnixListener, clients: &Clients, input: &Input) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (output, queue) = mpsc::channel(BACKLOG);
+                let task = tokio::spawn(attend(stream, queue, input.clone()));
+                let mut clients = locked(clients);
+                clients.retain(|client| !client.output.is_closed());
+                clients.push(Client {
+                    output,
+                    task: task.abort_handle(),
+                });
+            }
+            Err(error) => {
+                // Out of file descriptors, as a rule: who hangs up makes room, so let the others go on.
+                tracing::warn!(%error, "a console client cannot be accepted");
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// The way in to a serial port, which does not keep it alive.
+#[derive(Clone)]
+struct Input {
+    serial: Weak<Serial>,
+    room: Arc<Notify>,
+}
+
+impl Input {
+    /// Hands `bytes` over when there is room for them; says whether the serial port was still there.
+    async fn send(&self, bytes: &[u8]) -> bool {
+        loop {
+            let room = self.room.notified();
+            tokio::pin!(room);
+            // Registered before the attempt, so that room made in between is noticed.
+            room.as_mut().enable();
+            match self.serial.upgrade() {
+                None => return false,
+                Some(serial) if serial.try_input(bytes) => return true,
+                Some(_) => {}
+            }
+            room.await;
+        }
+    }
+}
+
+/// One client, both ways, until it hangs up or there is no more output.
+async fn attend(mut stream: UnixStream, mut queue: Receiver<u8>, to_guest: Input) {
+    let (mut reader, mut writer) = stream.split();
+    let output = async {
+        let mut bytes = Vec::new();
+        while queue.recv_many(&mut bytes, 4096).await > 0 {
+            if writer.write_all(&bytes).await.is_err() {
+                return;
+            }
+            bytes.clear();
+        }
+    };
+    let input = async {
+        let mut bytes = [0; 4096];
+        loop {
+            let count = match reader.read(&mut bytes).await {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(_) => return,
+            };
+            if !to_guest.send(&bytes[..count]).await {
+                return;
+            }
+        }
+        // It will send no more. If it only closed that direction, it still gets the output.
+        if !hung_up(reader.as_ref()) {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = output => {}
+        () = input => {}
+    }
+}
+
+/// Whether the other side has closed both directions.
+fn hung_up(stream: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(stream, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::HUP)
+}

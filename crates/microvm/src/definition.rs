@@ -1,0 +1,227 @@
+//! A VM's definition, checked: what `vm.create` takes, and what a snapshot's config.json says.
+
+use std::fs;
+use std::io;
+
+use stencil_vmm_api::{ConsoleMode, PayloadConfig, SerialMode, VmConfig};
+
+use crate::identity::{Generation, GenerationError};
+use crate::memory::PAGE;
+
+/// The most vCPUs of a VM.
+const VCPUS_MAX: u32 = 16;
+/// The structures that a guest boots with lie below 1 MiB.
+const MEMORY_MIN: u64 = 1 << 20;
+
+/// A definition that this VMM can make a VM of.
+#[derive(Clone, Debug)]
+pub(crate) struct Definition {
+    /// As it was given, with the defaults filled in.
+    pub(crate) config: VmConfig,
+    pub(crate) vcpus: u8,
+    pub(crate) memory_bytes: u64,
+    pub(crate) generation: Generation,
+}
+
+/// A definition that is wrong: which field, its value, and what is right.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DefinitionError {
+    #[error("cpus.boot_vcpus is {0}; right is 1 to {VCPUS_MAX}")]
+    Vcpus(u32),
+    #[error("cpus.max_vcpus is {max}, less than cpus.boot_vcpus, {boot}")]
+    MaxVcpus { max: u32, boot: u32 },
+    #[error("memory.size is {0} bytes; right is a multiple of {PAGE} and at least {MEMORY_MIN}")]
+    MemorySize(u64),
+    #[error("memory.size is {asked} bytes; this host has {host}")]
+    MemoryOfHost { asked: u64, host: u64 },
+    #[error("the size of this host's memory is not known")]
+    HostMemory(#[source] io::Error),
+    #[error("memory.zones: {field} of {id:?} is set; guest memory is private and anonymous here")]
+    Zone { id: String, field: &'static str },
+    #[error("serial.mode is {0:?}; right is Off, Null, File or Socket")]
+    SerialMode(SerialMode),
+    #[error("serial.{field} is missing, which serial.mode {mode:?} needs")]
+    SerialPlace { field: &'static str, mode: SerialMode },
+    #[error("console.mode is {0:?}; right is Off or Null, as there is no virtio console")]
+    ConsoleMode(ConsoleMode),
+    #[error("generation is wrong")]
+    Generation(#[from] GenerationError),
+}
+
+impl Definition {
+    /// Checks `config`. Without a generation it gets a random one.
+    pub(crate) fn new(mut config: VmConfig) -> Result<Self, DefinitionError> {
+        let vcpus = vcpus(&config)?;
+        let memory_bytes = memory_bytes(&config)?;
+        check_serial(&config)?;
+        if !matches!(config.console.mode, ConsoleMode::Off | ConsoleMode::Null) {
+            return Err(DefinitionError::ConsoleMode(config.console.mode));
+        }
+        let generation = match &config.generation {
+            Some(text) => text.parse()?,
+            None => Generation::random(),
+        };
+        config.generation = Some(generation.to_string());
+        Ok(Self {
+            config,
+            vcpus,
+            memory_bytes,
+            generation,
+        })
+    }
+
+    /// The same machine's definition under another identity.
+    pub(crate) fn set_generation(&mut self, generation: Generation) {
+        self.config.generation = Some(generation.to_string());
+        self.generation = generation;
+    }
+
+    pub(crate) fn payload(&self) -> PayloadConfig {
+        self.config.payload.clone().unwrap_or_default()
+    }
+}
+
+fn vcpus(config: &VmConfig) -> Result<u8, DefinitionError> {
+    let boot = config.cpus.boot_vcpus;
+    match u8::try_from(boot) {
+        Ok(count) if (1..=VCPUS_MAX).contains(&boot) => {
+            let max = config.cpus.max_vcpus;
+            if max < boot {
+                Err(DefinitionError::MaxVcpus { max, boot })
+            } else {
+                Ok(count)
+            }
+        }
+        _ => Err(DefinitionError::Vcpus(boot)),
+    }
+}
+
+fn memory_bytes(config: &VmConfig) -> Result<u64, DefinitionError> {
+    for zone in &config.memory.zones {
+        let wrong = |field| DefinitionError::Zone {
+            id: zone.id.clone(),
+            field,
+        };
+        if zone.shared {
+            return Err(wrong("shared"));
+        }
+        if zone.file.is_some() {
+            return Err(wrong("file"));
+        }
+    }
+    let asked = config.memory.total_bytes();
+    if asked < MEMORY_MIN || !asked.is_multiple_of(PAGE) {
+        return Err(DefinitionError::MemorySize(asked));
+    }
+    let host = host_memory().map_err(DefinitionError::HostMemory)?;
+    if asked > host {
+        Err(DefinitionError::MemoryOfHost { asked, host })
+    } else {
+        Ok(asked)
+    }
+}
+
+/// The host's memory, in bytes: `MemTotal` of /proc/meminfo, which is in KiB.
+fn host_memory() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| {
+            line.strip_prefix("MemTotal:")?
+                .trim()
+                .strip_suffix("kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
+        .map(|kib| kib.saturating_mul(1024))
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn check_serial(config: &VmConfig) -> Result<(), DefinitionError> {
+    let (mode, serial) = (config.serial.mode, &config.serial);
+    let missing = |field| Err(DefinitionError::SerialPlace { field, mode });
+    match mode {
+        SerialMode::Tty | SerialMode::Pty => Err(DefinitionError::SerialMode(mode)),
+        SerialMode::File if serial.file.is_none() => missing("file"),
+        SerialMode::Socket if serial.socket.is_none() => missing("socket"),
+        SerialMode::Off | SerialMode::Null | SerialMode::File | SerialMode::Socket => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(json: &str) -> String {
+        let config: VmConfig = serde_json::from_str(json).unwrap();
+        let error = Definition::new(config).unwrap_err();
+        let source = std::error::Error::source(&error);
+        source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
+    }
+
+    #[test]
+    fn refusals_name_the_field_the_value_and_what_is_right() {
+        let cases = [
+            (
+                r#"{"memory":{"size":0}}"#,
+                "memory.size is 0 bytes; right is a multiple of 4096 and at least 1048576",
+            ),
+            (
+                r#"{"memory":{"size":2097153}}"#,
+                "memory.size is 2097153 bytes; right is a multiple of 4096",
+            ),
+            (
+                r#"{"memory":{"size":1125899906842624}}"#,
+                "memory.size is 1125899906842624 bytes; this host has",
+            ),
+            (
+                r#"{"cpus":{"boot_vcpus":0,"max_vcpus":1}}"#,
+                "cpus.boot_vcpus is 0; right is 1 to 16",
+            ),
+            (
+                r#"{"cpus":{"boot_vcpus":17,"max_vcpus":17}}"#,
+                "cpus.boot_vcpus is 17; right is 1 to 16",
+            ),
+            (
+                r#"{"cpus":{"boot_vcpus":2,"max_vcpus":1}}"#,
+                "cpus.max_vcpus is 1, less than cpus.boot_vcpus, 2",
+            ),
+            (
+                r#"{"memory":{"size":2097152},"serial":{"mode":"Socket"}}"#,
+                "serial.socket is missing, which serial.mode Socket needs",
+            ),
+            (
+                r#"{"memory":{"size":2097152},"serial":{"mode":"Pty"}}"#,
+                "serial.mode is Pty; right is Off, Null",
+            ),
+            (
+                r#"{"memory":{"size":2097152},"console":{"mode":"Tty"}}"#,
+                "console.mode is Tty; right is Off or Null",
+            ),
+            (
+                r#"{"memory":{"size":2097152},"generation":"xyz"}"#,
+                "\"xyz\" is no generation id: 32 hexadecimal",
+            ),
+            (
+                r#"{"memory":{"zones":[{"id":"z","size":2097152,"shared":true}]}}"#,
+                "memory.zones: shared of \"z\" is set",
+            ),
+        ];
+        for (json, expected) in cases {
+            let refusal = refusal(json);
+            assert!(refusal.contains(expected), "{refusal:?} should have {expected:?}");
+        }
+    }
+
+    #[test]
+    fn zones_add_up() {
+        let config: VmConfig =
+            serde_json::from_str(r#"{"memory":{"size":0,"zones":[{"id":"m","size":2097152}]}}"#).unwrap();
+        let definition = Definition::new(config).unwrap();
+        assert_eq!((definition.memory_bytes, definition.vcpus), (2 << 20, 1));
+        assert_eq!(
+            definition.config.generation,
+            Some(definition.generation.to_string())
+        );
+    }
+}

@@ -1,0 +1,79 @@
+//! `stencil-microvm`: one process, one VM. See the library for what it serves.
+
+use std::env;
+use std::io::stderr;
+use std::process::ExitCode;
+
+use stencil_microvm::{ApiSocket, VERSION, serve};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+const USAGE: &str = "usage: stencil-microvm --api-socket <path=PATH | PATH | fd=N> | --version";
+
+fn main() -> ExitCode {
+    // A session of its own: the VM outlives the terminal and the server that started it. It fails only where the
+    // process leads a group already, and then it is cut off from neither.
+    if let Err(error) = rustix::process::setsid() {
+        tracing::debug!(%error, "no session of its own");
+    }
+    let socket = match arguments(env::args().skip(1)) {
+        Ok(Asked::Serve(socket)) => socket,
+        Ok(Asked::Version) => {
+            println!("stencil-microvm {VERSION}");
+            return ExitCode::SUCCESS;
+        }
+        Err(wrong) => {
+            eprintln!("stencil-microvm: {wrong}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let filter = env::var("RUST_LOG")
+        .ok()
+        .and_then(|text| text.parse::<Targets>().ok());
+    tracing_subscriber::registry()
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
+        .with(
+            tracing_subscriber::fmt::layer()
+                .with_ansi(false)
+                .with_writer(stderr),
+        )
+        .init();
+    match serve(&socket) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut causes = error.to_string();
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                causes = format!("{causes}: {cause}");
+                source = cause.source();
+            }
+            tracing::error!("{causes}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the command line asks for.
+enum Asked {
+    Serve(ApiSocket),
+    Version,
+}
+
+fn arguments(mut words: impl Iterator<Item = String>) -> Result<Asked, String> {
+    let mut socket = None;
+    while let Some(word) = words.next() {
+        let value = match word.as_str() {
+            "--version" => return Ok(Asked::Version),
+            "--api-socket" => words.next().ok_or("--api-socket needs a value")?,
+            other => match other.strip_prefix("--api-socket=") {
+                Some(value) => value.to_owned(),
+                None => return Err(format!("unknown argument {other:?}")),
+            },
+        };
+        socket = Some(value.parse::<ApiSocket>().map_err(|error| error.to_string())?);
+    }
+    socket
+        .map(Asked::Serve)
+        .ok_or_else(|| "--api-socket is missing".to_owned())
+}

@@ -1,0 +1,201 @@
+//! vCPUs: at rest, and running, each in a thread of its own.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use stencil_vmm_api::{VmEnd, VmEndKind};
+
+use crate::control::Message;
+use crate::counters::Counters;
+use crate::kick::{KickTarget, kick};
+use crate::ports::Ports;
+use crate::registers::Dump;
+
+/// A vCPU that does not run.
+pub(crate) struct Vcpu {
+    pub(crate) index: u8,
+    pub(crate) fd: VcpuFd,
+    /// What was set, to be saved.
+    pub(crate) cpuid: CpuId,
+}
+
+/// One stretch of running, from a resume to the next pause or the end; shared by the threads of all vCPUs.
+pub(crate) struct Run {
+    stop: AtomicBool,
+    ended: AtomicBool,
+    ports: Arc<Ports>,
+    counters: Arc<Counters>,
+    messages: Sender<Message>,
+}
+
+impl Run {
+    pub(crate) fn new(ports: Arc<Ports>, counters: Arc<Counters>, messages: Sender<Message>) -> Arc<Self> {
+        Arc::new(Self {
+            stop: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            ports,
+            counters,
+            messages,
+        })
+    }
+
+    /// Whether a vCPU has ended its VM.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Tells the threads to stop, once they are kicked.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    fn should_stop(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        // Where nobody listens, the process is ending.
+        let _ = self.messages.send(Message::VcpuEnded);
+    }
+}
+
+/// A vCPU's thread; it gives the vCPU back, and says why the guest ended if this vCPU saw it end.
+pub(crate) type VcpuThread = JoinHandle<(Vcpu, Option<VmEnd>)>;
+
+impl Vcpu {
+    /// Starts to run it.
+    pub(crate) fn start(mut self, run: Arc<Run>) -> io::Result<VcpuThread> {
+        thread::Builder::new()
+            .name(format!("vcpu{}", self.index))
+            .spawn(move || {
+                let end = self.run(&run);
+                if end.is_some() {
+                    run.end();
+                }
+                (self, end)
+            })
+    }
+
+    fn run(&mut self, run: &Run) -> Option<VmEnd> {
+        let exits = &run.counters.exits[usize::from(self.index)];
+        let target = KickTarget::new(&mut self.fd);
+        if run.should_stop() {
+            return None;
+        }
+        loop {
+            let step = enter(target.0, &run.ports);
+            exits.fetch_add(1, Ordering::Relaxed);
+            match step {
+                Step::GoOn => {}
+                Step::Interrupted => {
+                    // An exit to a device is completed by the next KVM_RUN. Only one that was interrupted has left
+                    // nothing to complete, so only here the vCPU may stop. Cleared before the question: a kick that
+                    // comes after the question sets it again.
+                    target.0.set_kvm_immediate_exit(0);
+                    if run.should_stop() {
+                        return None;
+                    }
+                }
+                Step::End(kind, what) => return Some(self::end(self.index, target.0, kind, &what)),
+            }
+        }
+    }
+}
+
+/// What one `KVM_RUN` led to.
+enum Step {
+    GoOn,
+    Interrupted,
+    End(VmEndKind, String),
+}
+
+fn enter(vcpu: &mut VcpuFd, ports: &Ports) -> Step {
+    let exit = match vcpu.run() {
+        Ok(exit) => exit,
+        Err(error) => match error.errno() {
+            libc::EINTR => return Step::Interrupted,
+            // A vCPU that waited for INIT or SIPI was woken.
+            libc::EAGAIN => return Step::GoOn,
+            _ => return Step::End(VmEndKind::VcpuFailed, format!("KVM_RUN failed: {error}")),
+        },
+    };
+    match exit {
+        VcpuExit::IoIn(port, data) => ports.read(port, data),
+        VcpuExit::IoOut(port, data) => {
+            if let Some(kind) = ports.write(port, data) {
+                return Step::End(kind, format!("{:#x} was written to port {port:#x}", data[0]));
+            }
+        }
+        VcpuExit::MmioRead(_, data) => data.fill(0xff),
+        VcpuExit::MmioWrite(..) => {}
+        VcpuExit::Intr => return Step::Interrupted,
+        VcpuExit::Shutdown => return Step::End(VmEndKind::TripleFault, "triple fault".to_owned()),
+        VcpuExit::InternalError => {
+            // SAFETY: the exit reason says that this is the field of the union that KVM filled.
+            let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+            let count = usize::try_from(internal.ndata)
+                .unwrap_or(0)
+                .min(internal.data.len());
+            let what = format!(
+                "KVM internal error {}, data {:x?}",
+                internal.suberror,
+                &internal.data[..count]
+            );
+            return Step::End(VmEndKind::InternalError, what);
+        }
+        VcpuExit::FailEntry(reason, cpu) => {
+            let what =
+                format!("KVM could not enter the guest: hardware reason {reason:#x} on host CPU {cpu}");
+            return Step::End(VmEndKind::VcpuFailed, what);
+        }
+        other => {
+            return Step::End(
+                VmEndKind::VcpuFailed,
+                format!("KVM exit {other:?} is not known here"),
+            );
+        }
+    }
+    Step::GoOn
+}
+
+fn end(index: u8, vcpu: &VcpuFd, kind: VmEndKind, what: &str) -> VmEnd {
+    let reason = match kind {
+        VmEndKind::PowerOff => format!("the guest powered off: {what}"),
+        VmEndKind::Reset => format!("the guest asked for a reset: {what}"),
+        VmEndKind::TripleFault | VmEndKind::InternalError | VmEndKind::VcpuFailed => {
+            format!("{what} on vCPU {index}: {}", Dump(vcpu))
+        }
+    };
+    VmEnd { kind, reason }
+}
+
+/// Stops the threads of a run and takes the vCPUs back, by rising index, with the reasons of those that ended the
+/// guest.
+pub(crate) fn stop_all(run: &Run, threads: Vec<VcpuThread>) -> (Vec<Vcpu>, Option<VmEnd>) {
+    run.stop();
+    threads.iter().for_each(kick);
+    let mut vcpus = Vec::with_capacity(threads.len());
+    let mut end = None;
+    for thread in threads {
+        match thread.join() {
+            Ok((vcpu, ended)) => {
+                vcpus.push(vcpu);
+                end = end.or(ended);
+            }
+            Err(_) => {
+                let reason = "a vCPU thread of the VMM panicked".to_owned();
+                end = end.or(Some(VmEnd {
+                    kind: VmEndKind::VcpuFailed,
+                    reason,
+                }));
+            }
+        }
+    }
+    (vcpus, end)
+}

@@ -1,0 +1,273 @@
+//! The VM: everything that makes it up, in one value.
+
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::SystemTime;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::Error as KvmError;
+use stencil_vmm_api::{SerialMode, VmEnd};
+use tokio::runtime::Handle;
+use vm_memory::GuestMemoryError;
+
+use crate::boot::{self, LoadError};
+use crate::console::{Console, ConsoleError, Places};
+use crate::control::Message;
+use crate::counters::Counters;
+use crate::cpuid;
+use crate::definition::Definition;
+use crate::identity::{ClockReading, Identity};
+use crate::machine::{Machine, MachineError};
+use crate::memory::{GuestRam, MemoryError, layout};
+use crate::ports::Ports;
+use crate::registers::EntryError;
+use crate::serial::{GSI as SERIAL_GSI, Serial, SerialError, SerialState};
+use crate::vcpu::{Run, Vcpu, VcpuThread, stop_all};
+use crate::vcpu_state::{VcpuStateError, read_tsc};
+
+/// IA32_MTRR_DEF_TYPE: MTRRs on, write-back. Firmware would have set it, and Linux wants it.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// What a VM needs of the process that it lives in.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    /// To the control thread.
+    pub(crate) messages: Sender<Message>,
+    /// Serves the console socket.
+    pub(crate) runtime: Handle,
+}
+
+/// A part of a VM cannot be made, at a boot or at a restore.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error("guest memory cannot be had")]
+    Memory(#[from] MemoryError),
+    #[error("KVM cannot make the VM")]
+    Machine(#[from] MachineError),
+    #[error("the serial port has nowhere to go")]
+    Console(#[from] ConsoleError),
+    #[error("the serial port cannot be made")]
+    Serial(#[from] SerialError),
+    #[error("the guest's clock cannot be read")]
+    Clock(#[source] VcpuStateError),
+    #[error("the generation page and the vmclock page cannot be written")]
+    Identity(#[source] GuestMemoryError),
+}
+
+/// The VM cannot boot.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BootError {
+    #[error(transparent)]
+    Build(BuildError),
+    #[error("the kernel cannot be loaded")]
+    Load(#[from] LoadError),
+    #[error("KVM_GET_SUPPORTED_CPUID failed")]
+    Cpuid(#[source] KvmError),
+    #[error("KVM_SET_MSRS failed")]
+    Mtrr(#[source] KvmError),
+    #[error("the first vCPU cannot be made ready")]
+    Entry(#[from] EntryError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+impl<E: Into<BuildError>> From<E> for BootError {
+    fn from(error: E) -> Self {
+        Self::Build(error.into())
+    }
+}
+
+/// A vCPU's thread cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[error("a thread for a vCPU cannot be started")]
+pub(crate) struct RunError(#[source] io::Error);
+
+/// A VM, running or paused. Fields are dropped from the top: the memory is unmapped when KVM has let go of it.
+pub(crate) struct MicroVm {
+    pub(crate) definition: Definition,
+    pub(crate) vcpus: Vcpus,
+    _console: Option<Console>,
+    pub(crate) ports: Arc<Ports>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) identity: Identity,
+    pub(crate) machine: Machine,
+    pub(crate) ram: GuestRam,
+    surroundings: Surroundings,
+}
+
+/// The vCPUs: here while the VM is paused, else each in its thread.
+pub(crate) enum Vcpus {
+    Paused(Vec<Vcpu>),
+    Running { run: Arc<Run>, threads: Vec<VcpuThread> },
+}
+
+impl MicroVm {
+    /// Loads the kernel; leaves the VM paused before its first instruction.
+    pub(crate) fn boot(definition: Definition, surroundings: Surroundings) -> Result<Self, BootError> {
+        let ram = GuestRam::anonymous(&layout(definition.memory_bytes))?;
+        let entry = boot::load(&ram, &definition.payload(), definition.vcpus)?;
+        let machine = Machine::new(&ram)?;
+        let supported = cpuid::supported(&machine.kvm).map_err(BootError::Cpuid)?;
+        let mut vcpus = Vec::with_capacity(usize::from(definition.vcpus));
+        for index in 0..definition.vcpus {
+            let mut cpuid = supported.clone();
+            cpuid::fit(&mut cpuid, index, definition.vcpus);
+            let fd = machine.create_vcpu(index, &cpuid)?;
+            let msr = kvm_msr_entry {
+                index: MSR_MTRR_DEF_TYPE,
+                data: MTRR_ON_WRITE_BACK,
+                ..Default::default()
+            };
+            // A host without MTRRs sets none, which is fine.
+            if let Ok(msrs) = Msrs::from_entries(&[msr]) {
+                fd.set_msrs(&msrs).map_err(BootError::Mtrr)?;
+            }
+            if index == 0 {
+                // The others wait for its INIT and SIPI.
+                entry.apply(&fd, &ram.mmap)?;
+            }
+            vcpus.push(Vcpu { index, fd, cpuid });
+        }
+        let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
+        let identity = Identity::at_boot(definition.generation);
+        let parts = Parts {
+            definition,
+            ram,
+            machine,
+            vcpus,
+            identity,
+            counters,
+        };
+        Ok(parts.assemble(None, surroundings)?)
+    }
+
+    /// Whether the vCPUs run.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.vcpus, Vcpus::Running { .. })
+    }
+
+    /// Whether it runs and a vCPU has ended it.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(&self.vcpus, Vcpus::Running { run, .. } if run.has_ended())
+    }
+
+    /// Lets the vCPUs run; nothing where they do.
+    pub(crate) fn resume(&mut self) -> Result<(), RunError> {
+        let vcpus = match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
+            Vcpus::Paused(vcpus) => vcpus,
+            running @ Vcpus::Running { .. } => {
+                self.vcpus = running;
+                return Ok(());
+            }
+        };
+        let run = Run::new(
+            Arc::clone(&self.ports),
+            Arc::clone(&self.counters),
+            self.surroundings.messages.clone(),
+        );
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for vcpu in vcpus {
+            match vcpu.start(Arc::clone(&run)) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    // That vCPU is lost with its thread: the caller has to end the VM.
+                    self.vcpus = Vcpus::Paused(stop_all(&run, threads).0);
+                    return Err(RunError(error));
+                }
+            }
+        }
+        self.vcpus = Vcpus::Running { run, threads };
+        Ok(())
+    }
+
+    /// Stops the vCPUs. `Some`: the guest has ended meanwhile, and why.
+    pub(crate) fn pause(&mut self) -> Option<VmEnd> {
+        match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
+            Vcpus::Paused(vcpus) => {
+                self.vcpus = Vcpus::Paused(vcpus);
+                None
+            }
+            Vcpus::Running { run, threads } => {
+                let (vcpus, end) = stop_all(&run, threads);
+                self.vcpus = Vcpus::Paused(vcpus);
+                end
+            }
+        }
+    }
+}
+
+impl Drop for MicroVm {
+    fn drop(&mut self) {
+        // The threads use the ports and, through KVM, the memory.
+        self.pause();
+    }
+}
+
+/// What a boot and a restore have made before the devices.
+pub(crate) struct Parts {
+    pub(crate) definition: Definition,
+    pub(crate) ram: GuestRam,
+    pub(crate) machine: Machine,
+    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) identity: Identity,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Parts {
+    /// Adds the devices, new or as saved, and tells the guest who it is.
+    pub(crate) fn assemble(
+        self,
+        serial: Option<&SerialState>,
+        surroundings: Surroundings,
+    ) -> Result<MicroVm, BuildError> {
+        let Self {
+            definition,
+            ram,
+            machine,
+            vcpus,
+            identity,
+            counters,
+        } = self;
+        let (serial, console) = if definition.config.serial.mode == SerialMode::Off {
+            (None, None)
+        } else {
+            let places = Places::open(&definition.config.serial, Arc::clone(&counters))?;
+            let line = machine.interrupt_line(SERIAL_GSI)?;
+            let port = match serial {
+                Some(state) => Serial::restore(state, line, places.output, Arc::clone(&counters))?,
+                None => Serial::new(line, places.output, Arc::clone(&counters))?,
+            };
+            let port = Arc::new(port);
+            let console = places
+                .socket
+                .map(|socket| socket.serve(&port, &surroundings.runtime));
+            (Some(port), console)
+        };
+        if let Some(first) = vcpus.first() {
+            let tsc = read_tsc(&first.fd).map_err(BuildError::Clock)?;
+            let utc = SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default();
+            let clock = ClockReading {
+                tsc,
+                utc,
+                tsc_khz: first.fd.get_tsc_khz().ok(),
+            };
+            identity.write(&ram.mmap, clock).map_err(BuildError::Identity)?;
+        }
+        Ok(MicroVm {
+            definition,
+            vcpus: Vcpus::Paused(vcpus),
+            _console: console,
+            ports: Arc::new(Ports { serial }),
+            counters,
+            identity,
+            machine,
+            ram,
+            surroundings,
+        })
+    }
+}
