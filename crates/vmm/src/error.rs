@@ -4,7 +4,6 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use stencil_core::MemoryMode;
 use stencil_vmm_api::ErrorBody;
 
 use crate::client::Call;
@@ -54,13 +53,6 @@ pub enum VmmError {
     PathNotUtf8 {
         /// The path.
         path: PathBuf,
-    },
-
-    /// The backend cannot restore memory in this way.
-    #[error("this VMM cannot restore memory in the mode {mode:?}")]
-    Unsupported {
-        /// The mode that was asked for.
-        mode: MemoryMode,
     },
 
     /// Nobody accepts connections on the VMM's socket.

@@ -76,8 +76,7 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// Makes the VM of a VMM that has none from a snapshot; it is left paused.
     ///
     /// # Errors
-    /// [`VmmError::Rejected`], for example when a file is truncated or of another version;
-    /// [`VmmError::Unsupported`] for a memory mode that [`capabilities`](Self::capabilities) does not list.
+    /// [`VmmError::Rejected`], for example when a file is truncated or of another version.
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError>;
 
     /// What the VM does now; answers or fails within 500 ms.

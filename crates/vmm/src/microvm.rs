@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -24,15 +25,15 @@ use crate::{
 };
 
 /// The name under which instances ask for this backend.
-const NAME: &str = "microvm";
+const NAME: HypervisorName = HypervisorName::from_static("microvm");
 /// File name of the binary.
 const BINARY: &str = "stencil-microvm";
 /// How long `--version` may take: it prints and ends.
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a VMM has to end after it said that it would.
 const AFTER_SHUTDOWN: Duration = Duration::from_secs(5);
-/// Interrupt controllers of KVM address vCPUs by 8 bits, of which 255 means all.
-const MAX_VCPUS: u32 = 254;
+/// The same limit as in `definition.rs` of the microVM, which refuses more.
+const MAX_VCPUS: u32 = 16;
 
 /// Stencil's own VMM: one process, one VM, on `/dev/kvm`.
 #[derive(Debug)]
@@ -83,12 +84,8 @@ fn find_in(beside: Option<&Path>, path: &OsStr) -> Option<PathBuf> {
 
 #[async_trait]
 impl Hypervisor for MicroVm {
-    #[expect(
-        clippy::expect_used,
-        reason = "a constant that is a valid name, as a test shows"
-    )]
     fn name(&self) -> HypervisorName {
-        NAME.parse().expect("a valid name")
+        NAME
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -254,13 +251,21 @@ async fn ask_version(binary: &Path) -> Result<String, VmmError> {
         binary: binary.to_owned(),
         source,
     };
-    let asked = Command::new(binary).arg("--version").kill_on_drop(true).output();
+    let asked = Command::new(binary)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
     let output = match tokio::time::timeout(VERSION_DEADLINE, asked).await {
         Ok(output) => output.map_err(spawn)?,
         Err(_elapsed) => return Err(spawn(io::ErrorKind::TimedOut.into())),
     };
     let said = String::from_utf8_lossy(&output.stdout);
-    match said.split_ascii_whitespace().nth(1) {
+    let is_version = |word: &&str| {
+        word.trim_start_matches('v')
+            .starts_with(|first: char| first.is_ascii_digit())
+    };
+    match said.split_ascii_whitespace().nth(1).filter(is_version) {
         Some(version) if output.status.success() => Ok(version.to_owned()),
         _ => Err(VmmError::Version {
             binary: binary.to_owned(),

@@ -102,6 +102,8 @@ pub struct VmmProcess(Arc<Watched>);
 struct Watched {
     identity: ProcessIdentity,
     pidfd: AsyncFd<OwnedFd>,
+    /// Whether this handle's server started it and nobody else waits for it. Only then may it be reaped here.
+    is_own_child: bool,
     /// Set once, by the first who sees the process dead: only one wait can have the status of a child.
     exit: OnceLock<Exit>,
 }
@@ -126,7 +128,7 @@ impl VmmProcess {
         if procfs::start_time(identity.pid)? != Some(identity.start_time) {
             return Ok(None);
         }
-        let process = Self::watch(identity.clone(), pidfd)?;
+        let process = Self::watch(identity.clone(), pidfd, false)?;
         Ok(process.has_exited().is_none().then_some(process))
     }
 
@@ -144,7 +146,7 @@ impl VmmProcess {
             start_time,
             boot_id: procfs::boot_id()?,
         };
-        let process = Self::watch(identity, pidfd)?;
+        let process = Self::watch(identity, pidfd, true)?;
         let reaper = process.clone();
         tokio::spawn(async move {
             let exit = reaper.exited().await;
@@ -153,7 +155,7 @@ impl VmmProcess {
         Ok(process)
     }
 
-    fn watch(identity: ProcessIdentity, pidfd: OwnedFd) -> Result<Self, ProcessError> {
+    fn watch(identity: ProcessIdentity, pidfd: OwnedFd, is_own_child: bool) -> Result<Self, ProcessError> {
         let pid = identity.pid;
         // SAFETY: an `OwnedFd` is open and the same descriptor until it is dropped, and nothing takes it out of the
         // `AsyncFd`, which is only ever lent out shared.
@@ -167,6 +169,7 @@ impl VmmProcess {
         Ok(Self(Arc::new(Watched {
             identity,
             pidfd,
+            is_own_child,
             exit: OnceLock::new(),
         })))
     }
@@ -181,10 +184,28 @@ impl VmmProcess {
         if let Some(exit) = self.0.exit.get() {
             return Some(*exit);
         }
+        self.is_dead().then(|| *self.0.exit.get_or_init(|| self.status()))
+    }
+
+    fn is_dead(&self) -> bool {
         let mut pidfd = [PollFd::new(self.0.pidfd.get_ref(), PollFlags::IN)];
-        // An error of poll (EINTR, ENOMEM) says nothing about the process; the next look will tell.
-        let dead = poll(&mut pidfd, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
-        dead.then(|| *self.0.exit.get_or_init(|| Exit::reap(self.0.pidfd.get_ref())))
+        loop {
+            match poll(&mut pidfd, Some(&Timespec::default())) {
+                Ok(ready) => return ready > 0,
+                Err(Errno::INTR) => {}
+                // ENOMEM, which says nothing about the process; the next look will tell.
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// The status of the process, which is dead.
+    fn status(&self) -> Exit {
+        if self.0.is_own_child {
+            Exit::reap(self.0.pidfd.get_ref())
+        } else {
+            Exit::Unseen
+        }
     }
 
     /// Waits until the process has ended.

@@ -1,0 +1,14 @@
+//! The shim against real Unix sockets and real processes.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "what fails here fails the test, also in what tests share"
+)]
+
+mod directory;
+mod failures;
+mod processes;
+mod replayer;
+mod requests;
+mod spawning;
+mod stopping;
