@@ -163,17 +163,14 @@ impl Hypervisor for MicroVm {
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
-        let asked = match vmm.has_exited() {
-            Some(_) => None,
-            None => match Client::new(dir)?.shutdown().await {
-                Ok(()) => vmm.exited_within(AFTER_SHUTDOWN).await,
-                Err(error) => {
-                    tracing::debug!(%error, "a VMM cannot be asked to end");
-                    None
-                }
-            },
-        };
-        let exit = match asked.or_else(|| vmm.has_exited()) {
+        if vmm.has_exited().is_none() {
+            match ask_to_end(dir).await {
+                Ok(()) => drop(vmm.exited_within(AFTER_SHUTDOWN).await),
+                // It may be busy, hung or deaf: no reason to let it live.
+                Err(error) => tracing::debug!(%error, "a VMM cannot be asked to end"),
+            }
+        }
+        let exit = match vmm.has_exited() {
             Some(exit) => exit,
             None => vmm.terminate().await?,
         };
@@ -182,6 +179,10 @@ impl Hypervisor for MicroVm {
         }
         Ok(exit)
     }
+}
+
+async fn ask_to_end(dir: &InstanceDir) -> Result<(), VmmError> {
+    Client::new(dir)?.shutdown().await
 }
 
 /// The definition of the VM. Paths in it that belong to the instance are relative to the VMM's working directory, so
@@ -271,5 +272,39 @@ async fn ask_version(binary: &Path) -> Result<String, VmmError> {
             binary: binary.to_owned(),
             said: said.chars().take(200).collect(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Makes a file with the binary's name and these permissions in a new directory below `root`.
+    fn place(root: &Path, directory: &str, mode: u32) -> PathBuf {
+        let directory = root.join(directory);
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join(BINARY), "").unwrap();
+        fs::set_permissions(directory.join(BINARY), fs::Permissions::from_mode(mode)).unwrap();
+        directory
+    }
+
+    #[test]
+    fn the_binary_beside_the_executable_goes_before_those_of_path() {
+        let root = tempfile::tempdir().unwrap();
+        let beside = place(root.path(), "beside", 0o755);
+        let first = place(root.path(), "first", 0o755);
+        let path = env::join_paths([&first]).unwrap();
+        assert_eq!(find_in(Some(&beside), &path), Some(beside.join(BINARY)));
+        assert_eq!(find_in(Some(root.path()), &path), Some(first.join(BINARY)));
+    }
+
+    #[test]
+    fn what_cannot_be_executed_is_passed_over() {
+        let root = tempfile::tempdir().unwrap();
+        let text = place(root.path(), "text", 0o644);
+        let program = place(root.path(), "program", 0o755);
+        let path = env::join_paths([Path::new("/nonexistent"), &text, &program]).unwrap();
+        assert_eq!(find_in(None, &path), Some(program.join(BINARY)));
+        assert_eq!(find_in(None, text.as_os_str()), None);
     }
 }
