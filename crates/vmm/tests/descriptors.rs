@@ -1,6 +1,9 @@
 //! A VMM that came and went leaves no descriptor open. Alone in its program, because it counts all of them.
 
-#![expect(clippy::unwrap_used, reason = "what fails here fails the test, also in what tests share")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "what fails here fails the test, also in what tests share"
+)]
 
 use std::fs;
 use std::path::Path;
