@@ -1,0 +1,208 @@
+//! The one place where an error becomes a status, a code, a message and details.
+//!
+//! What is the client's doing is told in full. What is the host's (500) is told without any path of the host; the
+//! whole chain of causes goes to the log, within the span of its request.
+
+use std::borrow::Cow;
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use stencil_core::rules::Refusal;
+use stencil_core::{InstanceId, StoreError};
+use stencil_engine::EngineError;
+use stencil_vmm::VmmError;
+
+/// The body of every reply that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// A word for programs, such as `invalid_state`.
+    pub code: Cow<'static, str>,
+    /// What was wrong and what would be right, for people.
+    pub message: String,
+    /// What belongs to the code, such as the `forks` of `template_in_use`; often empty.
+    #[serde(default)]
+    pub details: Map<String, Value>,
+}
+
+/// A request that was not done.
+#[derive(Clone, Debug)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    /// Boxed, for most results carry none.
+    pub(crate) body: Box<ErrorBody>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        let body = Box::new(ErrorBody {
+            code: Cow::Borrowed(code),
+            message: message.into(),
+            details: Map::new(),
+        });
+        Self { status, body }
+    }
+
+    fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.body.details.insert(key.to_owned(), value.into());
+        self
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    pub(crate) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", message)
+    }
+
+    pub(crate) fn method_not_allowed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+    }
+
+    pub(crate) fn shutting_down() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "shutting_down",
+            "the server is shutting down; its VMs go on running: ask again when it is back",
+        )
+    }
+
+    fn conflict(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, message)
+    }
+
+    fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    }
+
+    fn unreadable_metadata(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "unreadable_metadata", message)
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.status, Json(*self.body)).into_response()
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        let told = told(&error);
+        if told.status.is_server_error() {
+            tracing::error!(error = chain(&error), code = %told.body.code, "a request failed");
+        }
+        told
+    }
+}
+
+/// What the client is told of an engine's error.
+fn told(error: &EngineError) -> ApiError {
+    let message = error.to_string();
+    match error {
+        EngineError::Invalid(_) => ApiError::invalid(message),
+        EngineError::NotFound(_) => ApiError::not_found(message),
+        EngineError::Ambiguous { candidates, .. } => {
+            ApiError::conflict("ambiguous", message).with("candidates", texts(candidates))
+        }
+        EngineError::NameConflict { name, .. } => {
+            ApiError::conflict("name_conflict", message).with("name", name.as_str())
+        }
+        EngineError::Refused(refusal) => refused(refusal),
+        EngineError::NoConsole(_) | EngineError::NoSnapshot(_) => {
+            ApiError::conflict("invalid_state", message)
+        }
+        EngineError::OtherVersion { made_by, here, .. } => ApiError::conflict("invalid_state", message)
+            .with("made_by", made_by.as_str())
+            .with("here", here.as_str()),
+        EngineError::Store(error) => store(error),
+        EngineError::Vmm { id, source } => ApiError::internal(vmm(id, source)),
+        EngineError::SourceNotRestored { source, .. } => {
+            let cause = told(source);
+            ApiError::internal(format!("{message}: {}", cause.body.message))
+        }
+        EngineError::Io { what, .. } => ApiError::internal(format!(
+            "the server could not {what} a file of the instance; the server's log says which and why"
+        )),
+    }
+}
+
+fn refused(refusal: &Refusal) -> ApiError {
+    let (code, message) = (refusal.code(), refusal.to_string());
+    match refusal {
+        Refusal::InvalidState { operation, state, .. } => ApiError::conflict(code, message)
+            .with("operation", operation.to_string())
+            .with("state", state.to_string()),
+        Refusal::TemplateInUse { forks, .. } => {
+            let forks: Vec<Value> = forks
+                .iter()
+                .map(|fork| json!({ "id": fork.id.to_string(), "name": fork.name.as_str() }))
+                .collect();
+            ApiError::conflict(code, message).with("forks", forks)
+        }
+        Refusal::InvalidTarget { target, allowed, .. } => {
+            ApiError::new(StatusCode::BAD_REQUEST, code, message)
+                .with("target_state", target.to_string())
+                .with("allowed", texts(allowed))
+        }
+    }
+}
+
+fn store(error: &StoreError) -> ApiError {
+    match error {
+        StoreError::NotFound { .. } => ApiError::not_found(error.to_string()),
+        StoreError::Unreadable { id, .. } => ApiError::unreadable_metadata(format!(
+            "the metadata of instance {id} cannot be read; the server's log says why: repair them, or delete the instance"
+        ))
+        .with("id", id.to_string()),
+        StoreError::NotAnInstance { .. } => ApiError::unreadable_metadata(
+            "something in the data directory is no instance, so that its forks cannot be counted; the server's log \
+             names it: move it out of there",
+        ),
+        StoreError::BrokenSnapshot { reason, .. } => {
+            ApiError::conflict("invalid_state", format!("the snapshot cannot be used: {reason}"))
+        }
+        _ => ApiError::internal("the data directory could not be used; the server's log says why"),
+    }
+}
+
+/// What a VMM's failure means to the client: typed facts, and of a VMM's own words only those that hold no path.
+fn vmm(id: &InstanceId, error: &VmmError) -> String {
+    let why = match error {
+        VmmError::Rejected { call, body, .. } => {
+            let reasons: Vec<&str> = body
+                .0
+                .iter()
+                .map(String::as_str)
+                .filter(|line| !line.contains('/'))
+                .collect();
+            format!("refused {call}: {}", reasons.join(": "))
+        }
+        VmmError::Timeout { call, after } => format!("did not answer {call} within {after:?}"),
+        VmmError::Ended { exit, .. } => format!("ended ({exit}) instead of answering"),
+        _ => "failed".to_owned(),
+    };
+    format!("the VMM of instance {id} {why}; the server's log says more")
+}
+
+fn texts<T: ToString>(things: &[T]) -> Vec<String> {
+    things.iter().map(ToString::to_string).collect()
+}
+
+/// An error and its sources in one line; a source that only repeats is left out.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = cause.to_string();
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        source = cause.source();
+    }
+    line
+}

@@ -1,0 +1,8 @@
+//! What each route does: parse, ask the engine, write down what it says.
+
+pub(crate) mod console;
+pub(crate) mod forks;
+pub(crate) mod instances;
+pub(crate) mod lifecycle;
+pub(crate) mod service;
+pub(crate) mod wait;

@@ -1,0 +1,244 @@
+//! What is asked over the wire. An unknown field is refused, so that a typo is told and not ignored.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize, de};
+use stencil_core::{ForkRequest, HypervisorName, InstanceName, MemoryMode, Readiness, State};
+use stencil_engine::{CreateRequest, Filter, ForksRequest};
+
+use crate::memory_size::MemorySize;
+use crate::timeout::Timeout;
+
+/// The hypervisor of an instance that does not ask for one.
+const DEFAULT_HYPERVISOR: HypervisorName = HypervisorName::from_static("microvm");
+
+/// The body of `POST /instances`. Only the kernel must be given.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateInstance {
+    /// A name that no other instance has; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<InstanceName>,
+    /// Which hypervisor is to run it; `microvm` when absent.
+    #[serde(default = "default_hypervisor")]
+    pub hypervisor: HypervisorName,
+    /// Absolute path of the kernel, as the server sees it.
+    pub kernel: PathBuf,
+    /// Absolute path of the initial RAM disk, as the server sees it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line; empty when absent.
+    #[serde(default)]
+    pub cmdline: String,
+    /// How many vCPUs; 1 when absent.
+    #[serde(default = "one")]
+    pub vcpus: u32,
+    /// How much memory; 512 MiB when absent.
+    #[serde(default)]
+    pub memory: MemorySize,
+    /// How the guest says that it is ready; it is not asked when absent.
+    #[serde(default)]
+    pub readiness: Readiness,
+    /// What its owner wants to remember of it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Whether it is started too; yes when absent.
+    #[serde(default = "yes")]
+    pub start: bool,
+}
+
+impl CreateInstance {
+    /// A request that leaves everything but the kernel to the server.
+    #[must_use]
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            name: None,
+            hypervisor: DEFAULT_HYPERVISOR,
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            vcpus: one(),
+            memory: MemorySize::default(),
+            readiness: Readiness::None,
+            labels: BTreeMap::new(),
+            start: yes(),
+        }
+    }
+}
+
+impl From<CreateInstance> for CreateRequest {
+    fn from(asked: CreateInstance) -> Self {
+        Self {
+            name: asked.name,
+            hypervisor: asked.hypervisor.to_string(),
+            kernel: asked.kernel,
+            initrd: asked.initrd,
+            cmdline: asked.cmdline,
+            vcpus: asked.vcpus,
+            memory_bytes: asked.memory.0,
+            readiness: asked.readiness,
+            labels: asked.labels,
+            start: asked.start,
+        }
+    }
+}
+
+/// The query of `GET /instances`; all instances when empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListInstances {
+    /// Only those in this state; upper or lower case.
+    #[serde(
+        default,
+        deserialize_with = "some_state",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub state: Option<State>,
+    /// Only forks of this template: an id, a name or an id prefix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+}
+
+impl From<ListInstances> for Filter {
+    fn from(asked: ListInstances) -> Self {
+        Self {
+            state: asked.state,
+            template: asked.template,
+        }
+    }
+}
+
+/// The body of `POST /instances/{id}/fork`; no body asks for nothing in particular.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkOne {
+    /// The fork's name; `<source>-<number>` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<InstanceName>,
+    /// Whether a running source may be put on standby for it; it goes on afterwards.
+    #[serde(default)]
+    pub from_running: bool,
+    /// The state in which it begins; Running when absent, Stopped for a Stopped source.
+    #[serde(
+        default,
+        deserialize_with = "some_state",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub target_state: Option<State>,
+    /// How its memory comes back; the server's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mode: Option<MemoryMode>,
+}
+
+impl ForkOne {
+    pub(crate) fn rules(&self) -> ForkRequest {
+        ForkRequest {
+            from_running: self.from_running,
+            target_state: self.target_state,
+            memory_mode: self.memory_mode,
+        }
+    }
+}
+
+/// The body of `POST /instances/{id}/forks`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkMany {
+    /// How many, from 1 to [`MAX_FORKS_PER_CALL`](stencil_engine::MAX_FORKS_PER_CALL).
+    pub count: u32,
+    /// They are named `<prefix>-1`, `<prefix>-2` and so on, taken names left out; the source's name when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name_prefix: Option<InstanceName>,
+    /// As in [`ForkOne`].
+    #[serde(default)]
+    pub from_running: bool,
+    /// As in [`ForkOne`].
+    #[serde(
+        default,
+        deserialize_with = "some_state",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub target_state: Option<State>,
+    /// As in [`ForkOne`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mode: Option<MemoryMode>,
+}
+
+impl ForkMany {
+    /// A request for `count` forks that leaves everything else to the server.
+    #[must_use]
+    pub const fn new(count: u32) -> Self {
+        Self {
+            count,
+            name_prefix: None,
+            from_running: false,
+            target_state: None,
+            memory_mode: None,
+        }
+    }
+}
+
+impl From<ForkMany> for ForksRequest {
+    fn from(asked: ForkMany) -> Self {
+        Self {
+            count: asked.count,
+            name_prefix: asked.name_prefix,
+            fork: ForkRequest {
+                from_running: asked.from_running,
+                target_state: asked.target_state,
+                memory_mode: asked.memory_mode,
+            },
+        }
+    }
+}
+
+/// The query of `GET /instances/{id}/wait`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitFor {
+    /// Which state; upper or lower case.
+    #[serde(deserialize_with = "state")]
+    pub state: State,
+    /// How long; 30 seconds when absent.
+    #[serde(default)]
+    pub timeout: Timeout,
+}
+
+/// The query of `GET /instances/{id}/console`; everything so far when empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReadConsole {
+    /// Only so many last lines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<u64>,
+    /// Whether to go on as the guest prints, until its VM is down.
+    #[serde(default)]
+    pub follow: bool,
+}
+
+fn default_hypervisor() -> HypervisorName {
+    DEFAULT_HYPERVISOR
+}
+
+const fn one() -> u32 {
+    1
+}
+
+const fn yes() -> bool {
+    true
+}
+
+/// A state in upper or lower case.
+fn state<'de, D: Deserializer<'de>>(deserializer: D) -> Result<State, D::Error> {
+    String::deserialize(deserializer)?
+        .parse()
+        .map_err(de::Error::custom)
+}
+
+fn some_state<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<State>, D::Error> {
+    Option::<String>::deserialize(deserializer)?
+        .map(|text| text.parse())
+        .transpose()
+        .map_err(de::Error::custom)
+}

@@ -1,0 +1,154 @@
+//! How long to wait, as people write it: `30`, `500ms`, `1m30s`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use serde::{Deserialize, Serialize};
+
+/// How long a wait may take: at most [`Timeout::MOST`].
+///
+/// ```
+/// use std::time::Duration;
+/// use stencil_api::timeout::Timeout;
+///
+/// let timeout: Timeout = "1m30s".parse()?;
+/// assert_eq!(timeout.duration(), Duration::from_secs(90));
+/// # Ok::<(), stencil_api::timeout::TimeoutError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Timeout(Duration);
+
+impl Timeout {
+    /// The longest wait.
+    pub const MOST: Duration = Duration::from_secs(600);
+
+    /// As a duration.
+    #[must_use]
+    pub const fn duration(self) -> Duration {
+        self.0
+    }
+}
+
+impl Default for Timeout {
+    /// The wait of who does not say: 30 seconds.
+    fn default() -> Self {
+        Self(Duration::from_secs(30))
+    }
+}
+
+/// What was to be a timeout is none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TimeoutError {
+    /// Neither seconds nor a duration with units.
+    #[error("`{0}` is no time; give seconds, such as 30, or a unit too: 500ms, 30s, 2m")]
+    Unreadable(String),
+    /// Longer than [`Timeout::MOST`].
+    #[error("`{0}` is too long; one wait takes at most 10 minutes")]
+    TooLong(String),
+}
+
+impl FromStr for Timeout {
+    type Err = TimeoutError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let duration = if is_number {
+            // The only way in which digits are no number is that they are too many.
+            text.parse().map(Duration::from_secs).unwrap_or(Duration::MAX)
+        } else {
+            text.parse::<SignedDuration>()
+                .ok()
+                .and_then(|duration| Duration::try_from(duration).ok())
+                .ok_or_else(|| TimeoutError::Unreadable(text.to_owned()))?
+        };
+        duration
+            .try_into()
+            .map_err(|_: TimeoutError| TimeoutError::TooLong(text.to_owned()))
+    }
+}
+
+impl TryFrom<Duration> for Timeout {
+    type Error = TimeoutError;
+
+    fn try_from(duration: Duration) -> Result<Self, Self::Error> {
+        if duration <= Self::MOST {
+            Ok(Self(duration))
+        } else {
+            Err(TimeoutError::TooLong(format!("{duration:?}")))
+        }
+    }
+}
+
+impl TryFrom<String> for Timeout {
+    type Error = TimeoutError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Timeout> for String {
+    fn from(timeout: Timeout) -> Self {
+        timeout.to_string()
+    }
+}
+
+impl fmt::Display for Timeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}ms", self.0.as_millis())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_and_units_are_read() {
+        for (text, millis) in [
+            ("30", 30_000),
+            ("0", 0),
+            ("500ms", 500),
+            ("30s", 30_000),
+            ("2m", 120_000),
+            ("1m 30s", 90_000),
+        ] {
+            assert_eq!(
+                text.parse::<Timeout>().unwrap().duration(),
+                Duration::from_millis(millis),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let timeout: Timeout = "1m30s".parse().unwrap();
+        assert_eq!(timeout.to_string().parse(), Ok(timeout));
+    }
+
+    #[test]
+    fn what_is_no_time_is_told_with_an_example() {
+        for text in ["", "soon", "-3s", "3 parsecs", "1.5.2s"] {
+            let error = text.parse::<Timeout>().unwrap_err();
+            assert!(
+                error.to_string().contains("is no time; give seconds"),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn more_than_ten_minutes_is_refused() {
+        for text in ["601", "11m", "99999999999999999999"] {
+            assert_eq!(
+                text.parse::<Timeout>(),
+                Err(TimeoutError::TooLong(text.to_owned()))
+            );
+        }
+        assert_eq!("10m".parse::<Timeout>().unwrap().duration(), Timeout::MOST);
+    }
+}

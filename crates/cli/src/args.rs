@@ -1,0 +1,216 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use stencil_api::memory_size::MemorySize;
+use stencil_api::timeout::Timeout;
+use stencil_core::{HypervisorName, InstanceName, MemoryMode, State};
+
+/// Manages virtual machines whose warm state is a template: forks of it run about a millisecond later.
+#[derive(Debug, Parser)]
+#[command(
+    name = "stencil",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true
+)]
+pub(crate) struct Args {
+    /// The server's socket [default: stencil.sock in the data directory]
+    #[arg(long, global = true, env = "STENCIL_SOCKET", value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Print the API's JSON instead of tables
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the server
+    Serve(Serve),
+    #[command(flatten)]
+    Client(ClientCommand),
+}
+
+/// What a client asks of the server.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientCommand {
+    /// Make an instance and start it
+    Create(Create),
+    /// List instances
+    Ls(Ls),
+    /// Show one instance
+    Show(One),
+    /// Boot an instance that is down
+    Start(One),
+    /// End its VM; on standby, throw its snapshot away
+    Stop(One),
+    /// Stop its vCPUs
+    Pause(One),
+    /// Let its vCPUs go on
+    Resume(One),
+    /// Write it to disk and end its VM
+    Standby(One),
+    /// Let it go on from standby
+    Restore(One),
+    /// Make an instance on standby a template
+    Promote(One),
+    /// Make a template an instance on standby again
+    Demote(One),
+    /// Make new instances that go on where this one stopped
+    Fork(Fork),
+    /// Delete instances
+    Rm(Rm),
+    /// Show what the guest printed, or give it input
+    Console(Console),
+    /// Wait until an instance is in a state
+    Wait(Wait),
+    /// Show the versions of this program and of the server
+    Version,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Serve {
+    /// The data directory [default: /var/lib/stencil for root, else stencil in the user's data directory]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Listen on TCP too; whoever can reach it can do everything
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// The stencil-microvm binary [default: beside this one, else in PATH]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) microvm: Option<PathBuf>,
+}
+
+/// An instance.
+#[derive(Debug, clap::Args)]
+pub(crate) struct One {
+    /// Its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Create {
+    /// Its name [default: made up]
+    pub(crate) name: Option<InstanceName>,
+    /// The kernel: an ELF with a PVH note, or a bzImage
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: PathBuf,
+    /// The initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(crate) cmdline: String,
+    /// How many vCPUs
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vcpus: u32,
+    /// How much memory
+    #[arg(long, default_value = "512MiB", value_name = "SIZE")]
+    pub(crate) memory: MemorySize,
+    /// Which hypervisor
+    #[arg(long, default_value = "microvm", value_name = "NAME")]
+    pub(crate) hypervisor: HypervisorName,
+    /// The guest is ready when it prints this [default: as soon as it runs]
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) ready_text: Option<String>,
+    /// Something to remember of it; can be given many times
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    pub(crate) labels: Vec<(String, String)>,
+    /// Do not start it
+    #[arg(long, conflicts_with = "wait")]
+    pub(crate) no_start: bool,
+    /// Wait until it is Running, for at most 30 s
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Ls {
+    /// Only those in this state
+    #[arg(long)]
+    pub(crate) state: Option<State>,
+    /// Only forks of this template
+    #[arg(long, value_name = "ID")]
+    pub(crate) template: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Fork {
+    /// The source: its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// How many, all at once
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) count: Option<u32>,
+    /// The fork's name [default: the source's and a number]
+    #[arg(long, conflicts_with = "count")]
+    pub(crate) name: Option<InstanceName>,
+    /// The forks' names but for the number [default: the source's]
+    #[arg(long, value_name = "PREFIX", requires = "count")]
+    pub(crate) name_prefix: Option<InstanceName>,
+    /// The source runs: put it on standby for it, for a moment
+    #[arg(long)]
+    pub(crate) from_running: bool,
+    /// The state in which it begins [default: Running; Stopped for a Stopped source]
+    #[arg(long, value_name = "STATE")]
+    pub(crate) target_state: Option<State>,
+    /// How its memory comes back: cow or copy
+    #[arg(long, value_name = "MODE")]
+    pub(crate) memory_mode: Option<MemoryMode>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Rm {
+    /// Their ids, names or id prefixes
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) ids: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Console {
+    /// Its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// Go on as the guest prints, until its VM is down
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Only so many last lines [default: all; with --send, none]
+    #[arg(long, value_name = "N")]
+    pub(crate) tail: Option<u64>,
+    /// Give the guest this line to read; - gives it the standard input
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) send: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Wait {
+    /// Its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// Which state
+    #[arg(long, default_value = "Running")]
+    pub(crate) state: State,
+    /// How long: seconds, or with a unit such as 500ms or 2m
+    #[arg(long, default_value = "30s", value_name = "TIME")]
+    pub(crate) timeout: Timeout,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("a label is KEY=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+}

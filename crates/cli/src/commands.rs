@@ -1,0 +1,76 @@
+//! The commands of a client: each is one call to the server, or a few.
+
+mod console;
+mod forks;
+mod instances;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use stencil_api::client::{Client, ClientError};
+use stencil_api::reply::{Instance, Version};
+
+use crate::args::ClientCommand;
+use crate::failure::Failure;
+use crate::output::Reader;
+use crate::{place, table};
+
+pub(crate) fn run(command: ClientCommand, socket: Option<PathBuf>, json: bool) -> Result<(), Failure> {
+    let client = Client::new(socket.map_or_else(place::default_socket, Ok)?);
+    let reader = if json { Reader::Program } else { Reader::Person };
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::Runtime)?
+        .block_on(call(command, &client, reader))
+}
+
+async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result<(), Failure> {
+    let changed = |instance: Instance| reader.print(&instance, table::changed);
+    match command {
+        ClientCommand::Create(asked) => instances::create(asked, client, reader).await,
+        ClientCommand::Ls(asked) => instances::list(asked, client, reader).await,
+        ClientCommand::Show(asked) => reader.print(&client.get(&asked.id).await?, table::instance),
+        ClientCommand::Rm(asked) => instances::remove(asked, client, reader).await,
+        ClientCommand::Wait(asked) => instances::wait(asked, client, reader).await,
+        ClientCommand::Start(asked) => changed(client.start(&asked.id).await?),
+        ClientCommand::Stop(asked) => changed(client.stop(&asked.id).await?),
+        ClientCommand::Pause(asked) => changed(client.pause(&asked.id).await?),
+        ClientCommand::Resume(asked) => changed(client.resume(&asked.id).await?),
+        ClientCommand::Standby(asked) => changed(client.standby(&asked.id).await?),
+        ClientCommand::Restore(asked) => changed(client.restore(&asked.id).await?),
+        ClientCommand::Promote(asked) => changed(client.promote(&asked.id).await?),
+        ClientCommand::Demote(asked) => changed(client.demote(&asked.id).await?),
+        ClientCommand::Fork(asked) => forks::fork(asked, client, reader).await,
+        ClientCommand::Console(asked) => console::console(asked, client).await,
+        ClientCommand::Version => version(client, reader).await,
+    }
+}
+
+/// The versions of this program and of the server, if there is one.
+#[derive(Serialize)]
+struct Versions {
+    version: &'static str,
+    server: Option<Version>,
+}
+
+async fn version(client: &Client, reader: Reader) -> Result<(), Failure> {
+    let server = match client.version().await {
+        Ok(version) => Some(version),
+        Err(ClientError::NoServer { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    reader.print(
+        &Versions {
+            version: env!("CARGO_PKG_VERSION"),
+            server,
+        },
+        |versions| {
+            let server = match &versions.server {
+                Some(server) => server.version.clone(),
+                None => format!("none listens at {}", client.socket().display()),
+            };
+            format!("stencil {}\nserver  {server}", versions.version)
+        },
+    )
+}

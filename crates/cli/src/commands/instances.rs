@@ -1,0 +1,104 @@
+//! Instances: make, list, delete, wait for.
+
+use jiff::Timestamp;
+use stencil_api::client::Client;
+use stencil_api::reply::{InstanceList, Waited};
+use stencil_api::request::{CreateInstance, ListInstances, WaitFor};
+use stencil_api::timeout::Timeout;
+use stencil_core::{Readiness, State};
+
+use crate::args::{Create, Ls, Rm, Wait};
+use crate::failure::Failure;
+use crate::output::Reader;
+use crate::{place, table};
+
+pub(super) async fn create(asked: Create, client: &Client, reader: Reader) -> Result<(), Failure> {
+    let request = CreateInstance {
+        name: asked.name,
+        hypervisor: asked.hypervisor,
+        kernel: place::absolute(asked.kernel)?,
+        initrd: asked.initrd.map(place::absolute).transpose()?,
+        cmdline: asked.cmdline,
+        vcpus: asked.vcpus,
+        memory: asked.memory,
+        readiness: asked.ready_text.map_or(Readiness::None, Readiness::Console),
+        labels: asked.labels.into_iter().collect(),
+        start: !asked.no_start,
+    };
+    let instance = client.create(&request).await?;
+    if !asked.wait {
+        return reader.print(&instance, table::changed);
+    }
+    let running = WaitFor {
+        state: State::Running,
+        timeout: Timeout::default(),
+    };
+    let waited = client.wait(&instance.id.to_string(), running).await?;
+    reader.print(&waited.instance, table::changed)?;
+    reached(&waited, State::Running)
+}
+
+pub(super) async fn list(asked: Ls, client: &Client, reader: Reader) -> Result<(), Failure> {
+    let instances = client
+        .list(&ListInstances {
+            state: asked.state,
+            template: asked.template,
+        })
+        .await?;
+    reader.print(&InstanceList { instances }, |list| {
+        table::instances(&list.instances, Timestamp::now())
+    })
+}
+
+/// Deletes one after the other, forks before the templates that they would keep from being deleted if they are given
+/// in that order; goes on after one that is refused.
+pub(super) async fn remove(asked: Rm, client: &Client, reader: Reader) -> Result<(), Failure> {
+    let mut failed = Vec::new();
+    for id in &asked.ids {
+        match client.delete(id).await {
+            Ok(()) => {
+                if let Reader::Person = reader {
+                    crate::output::write(format!("{id} is deleted\n").as_bytes())?;
+                }
+            }
+            Err(error) => failed.push((id, Failure::from(error))),
+        }
+    }
+    let count = failed.len();
+    match (failed.pop(), asked.ids.len()) {
+        (None, _) => Ok(()),
+        (Some((_, only)), 1) => Err(only),
+        (Some(last), all) => {
+            failed.push(last);
+            for (id, failure) in &failed {
+                eprintln!("error: {id}: {}", failure.sentence());
+            }
+            Err(Failure::Some { failed: count, all })
+        }
+    }
+}
+
+pub(super) async fn wait(asked: Wait, client: &Client, reader: Reader) -> Result<(), Failure> {
+    let waited = client
+        .wait(
+            &asked.id,
+            WaitFor {
+                state: asked.state,
+                timeout: asked.timeout,
+            },
+        )
+        .await?;
+    reader.print(&waited, |waited| table::changed(&waited.instance))?;
+    reached(&waited, asked.state)
+}
+
+fn reached(waited: &Waited, wanted: State) -> Result<(), Failure> {
+    if waited.reached {
+        return Ok(());
+    }
+    Err(Failure::NotReached {
+        name: table::name(&waited.instance),
+        state: waited.instance.state,
+        wanted,
+    })
+}

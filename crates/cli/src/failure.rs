@@ -1,0 +1,83 @@
+//! How a command fails, and how that is told: a sentence that says what would be right, on standard error.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde_json::json;
+use stencil_api::client::ClientError;
+use stencil_api::server::ServeError;
+use stencil_core::State;
+use stencil_engine::EngineError;
+use stencil_vmm::VmmError;
+
+/// A command that was not done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The state was not reached in time, or cannot be reached any more.
+    #[error("{name} is {state}, not {wanted}")]
+    NotReached {
+        name: String,
+        state: State,
+        wanted: State,
+    },
+    /// What failed was told one by one.
+    #[error("{failed} of {all} failed")]
+    Some { failed: usize, all: usize },
+    #[error("cannot read the standard input")]
+    Input(#[source] io::Error),
+    #[error("cannot write to the standard output")]
+    Output(#[source] io::Error),
+    #[error("{} cannot be made absolute", path.display())]
+    Path { path: PathBuf, source: io::Error },
+    #[error(
+        "there is no HOME to find the data directory in; name it with --data, or the server's socket with --socket"
+    )]
+    NoHome,
+    #[error("cannot start up")]
+    Runtime(#[source] io::Error),
+    #[error("there is no VMM to run instances with; name it with --microvm")]
+    NoMicrovm(#[source] VmmError),
+    #[error("{} cannot be used as the VMM; name another one with --microvm", path.display())]
+    BadMicrovm { path: PathBuf, source: VmmError },
+    #[error("cannot open {}", data.display())]
+    Open { data: PathBuf, source: Box<EngineError> },
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+impl Failure {
+    /// Tells it on standard error; for programs also what the API said, on standard output.
+    pub(crate) fn report(&self, json: bool) {
+        // A pipe that was closed by its reader, as by `head`, is not worth a word.
+        if matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
+            return;
+        }
+        eprintln!("error: {}", self.sentence());
+        if json && let Self::Client(ClientError::Refused { body, .. }) = self {
+            println!("{}", json!(body));
+        }
+    }
+
+    /// The error and its causes, its code, and a hint where the message has none.
+    pub(crate) fn sentence(&self) -> String {
+        let mut sentence = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            if !sentence.ends_with(&text) {
+                sentence.push_str(": ");
+                sentence.push_str(&text);
+            }
+            source = cause.source();
+        }
+        match self {
+            Self::Client(ClientError::Refused { body, .. }) => format!("{sentence} [{}]", body.code),
+            Self::Client(ClientError::NoServer { .. }) => {
+                format!("{sentence}\nstart one with `stencil serve`, or name its socket with --socket")
+            }
+            _ => sentence,
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! `stencil`: the server (`stencil serve`) and the commands of a client.
+//!
+//! ```text
+//! main ── args ──┬── serve ────── engine behind a socket, until a signal
+//!                └── commands ─── one call to the server each ── output: a table for people, JSON for programs
+//! ```
+//!
+//! Exit codes: 0 it was done, 1 it was refused or failed, 2 the command line was not understood.
+
+mod args;
+mod commands;
+mod failure;
+mod output;
+mod place;
+mod serve;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let json = args.json;
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report(json);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Failure> {
+    match args.command {
+        Command::Serve(asked) => serve::run(asked, args.socket),
+        Command::Client(asked) => commands::run(asked, args.socket, args.json),
+    }
+}

@@ -1,0 +1,99 @@
+//! `stencil serve`: the engine behind its socket, until a signal ends it. VMs go on running without it.
+
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+
+use stencil_api::server::Server;
+use stencil_core::DataDir;
+use stencil_engine::{Config, Engine};
+use stencil_vmm::{Hypervisor, MicroVm};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::args::Serve;
+use crate::failure::Failure;
+use crate::place;
+
+/// The server waits far more than it works: more threads than this only cost memory.
+const MOST_THREADS: usize = 4;
+
+pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(available_parallelism().map_or(2, |cores| cores.get().clamp(2, MOST_THREADS)))
+        .enable_all()
+        .build()
+        .map_err(Failure::Runtime)?
+        .block_on(serve(asked, socket))
+}
+
+async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
+    let data = place::absolute(asked.data.map_or_else(place::default_data, Ok)?)?;
+    let socket = place::absolute(socket.unwrap_or_else(|| DataDir::new(&data).socket()))?;
+    let binary = asked
+        .microvm
+        .map_or_else(MicroVm::find, Ok)
+        .map_err(Failure::NoMicrovm)?;
+    let microvm = MicroVm::new(binary.clone());
+    // Asked now, so that a binary that cannot be used is told to who starts the server.
+    let version = microvm.version().await.map_err(|source| Failure::BadMicrovm {
+        path: binary.clone(),
+        source,
+    })?;
+    let mut signals = Signals::new().map_err(Failure::Runtime)?;
+
+    let config = Config {
+        data: data.clone(),
+        hypervisors: vec![Arc::new(microvm)],
+    };
+    let engine = Engine::open(config).await.map_err(|source| Failure::Open {
+        data: data.clone(),
+        source: Box::new(source),
+    })?;
+    let server = Server::bind(engine, &socket, asked.listen).await?;
+    tracing::info!(microvm = %binary.display(), version, data = %data.display(), "open");
+    if let Some(address) = server.tcp_address() {
+        if !address.ip().is_loopback() {
+            tracing::warn!(%address, "whoever can reach this address can do everything");
+        }
+        tracing::info!("listening on {} and http://{address}", socket.display());
+    } else {
+        tracing::info!("listening on {}", socket.display());
+    }
+    server.run(signals.any()).await;
+    tracing::info!("ended; VMs go on running");
+    Ok(())
+}
+
+/// The signals that end the server. SIGHUP comes when the terminal it was started from goes away.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn any(&mut self) {
+        let name = tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hang_up.recv() => "SIGHUP",
+        };
+        tracing::info!("{name}: ending once requests are answered");
+    }
+}
