@@ -138,6 +138,19 @@ impl Engine {
         }
     }
 
+    /// Asks something of the instance's VMM; if the VMM dies over it, the error says how.
+    pub(crate) async fn ask<T>(
+        &self,
+        slot: &Slot,
+        call: impl Future<Output = Result<T, VmmError>>,
+    ) -> Result<T, EngineError> {
+        let answer = match slot.vmm() {
+            Some(running) => running.process.during(call).await,
+            None => call.await,
+        };
+        answer.map_err(EngineError::vmm(slot.id))
+    }
+
     /// The VMM belongs to the instance from now on: its end will be noticed and told.
     pub(crate) fn adopt(&self, slot: &Arc<Slot>, process: VmmProcess, record: &VmmRecord, spec: &VmSpec) {
         let ready = ReadyScan::new(&spec.readiness, record.epoch.console_offset);

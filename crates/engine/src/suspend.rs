@@ -21,10 +21,7 @@ impl Engine {
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        hypervisor
-            .pause(&self.dir(&slot.id))
-            .await
-            .map_err(EngineError::vmm(slot.id))?;
+        self.ask(slot, hypervisor.pause(&self.dir(&slot.id))).await?;
         stopwatch.lap("pause");
         Ok(())
     }
@@ -39,10 +36,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         self.inner.store.discard_snapshot(&slot.id)?;
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        hypervisor
-            .resume(&self.dir(&slot.id))
-            .await
-            .map_err(EngineError::vmm(slot.id))?;
+        self.ask(slot, hypervisor.resume(&self.dir(&slot.id))).await?;
         stopwatch.lap("resume");
         Ok(())
     }
@@ -82,10 +76,7 @@ impl Engine {
         // What an earlier attempt left is in the way: a snapshot is written into an empty directory.
         self.inner.store.discard_snapshot(&slot.id)?;
         std::fs::create_dir(snapshot.path()).map_err(EngineError::io("make", snapshot.path()))?;
-        hypervisor
-            .snapshot(&dir, &snapshot)
-            .await
-            .map_err(EngineError::vmm(slot.id))?;
+        self.ask(slot, hypervisor.snapshot(&dir, &snapshot)).await?;
         stopwatch.lap("snapshot");
         let manifest = SnapshotManifest {
             schema: SnapshotManifest::SCHEMA,
