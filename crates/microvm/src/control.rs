@@ -57,7 +57,7 @@ enum Slot {
     Empty,
     /// Defined, without a guest: not booted, shut down, or ended for the reason given.
     Down {
-        definition: Definition,
+        definition: Box<Definition>,
         counters: Arc<Counters>,
         end: Option<VmEnd>,
     },
@@ -68,7 +68,7 @@ impl Slot {
     fn down(definition: Definition) -> Self {
         let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
         Self::Down {
-            definition,
+            definition: Box::new(definition),
             counters,
             end: None,
         }
@@ -139,7 +139,7 @@ impl Control {
                 definition,
                 counters,
                 end,
-            } => (definition, counters, end.clone()),
+            } => (&**definition, counters, end.clone()),
             Slot::Up(vm) => (&vm.definition, &vm.counters, None),
         };
         let info = VmInfo {
@@ -178,7 +178,7 @@ impl Control {
     fn boot(&mut self) -> Result<(), VmError> {
         let definition = match &self.vm {
             Slot::Empty => return Err(VmError::MissingConfig),
-            Slot::Down { definition, .. } => definition.clone(),
+            Slot::Down { definition, .. } => Definition::clone(definition),
             Slot::Up(_) => return Err(VmError::BootState(self.transition(VmState::Running))),
         };
         let mut vm = MicroVm::boot(definition, self.surroundings.clone()).map_err(VmError::Boot)?;
@@ -256,7 +256,7 @@ impl Control {
     fn shutdown(&mut self) -> Result<(), VmError> {
         let definition = match &self.vm {
             Slot::Empty | Slot::Down { end: None, .. } => return Err(VmError::NotRunning),
-            Slot::Down { definition, .. } => definition.clone(),
+            Slot::Down { definition, .. } => Definition::clone(definition),
             Slot::Up(vm) => vm.definition.clone(),
         };
         self.vm = Slot::down(definition);
@@ -272,7 +272,7 @@ impl Control {
         } else {
             tracing::info!(kind = ?end.kind, "{}", end.reason);
         }
-        let definition = vm.definition.clone();
+        let definition = Box::new(vm.definition.clone());
         let counters = Arc::clone(&vm.counters);
         let down = Slot::Down {
             definition,

@@ -13,8 +13,6 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::memory::PAGE;
-
 /// A VM generation id: 16 bytes, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Generation([u8; 16]);
@@ -117,7 +115,7 @@ impl Identity {
         let fraction = (u128::from(clock.utc.subsec_nanos()) << 64) / 1_000_000_000;
         Vmclock {
             magic: U32::new(MAGIC),
-            size: U32::new(PAGE as u32),
+            size: U32::new(REGION_BYTES),
             version: U16::new(1),
             counter_id: if period.is_some() {
                 COUNTER_X86_TSC
@@ -168,6 +166,8 @@ impl CounterPeriod {
 }
 
 const MAGIC: u32 = 0x4b4c_4356;
+/// The page that the structure lies in.
+const REGION_BYTES: u32 = 4096;
 const COUNTER_X86_TSC: u8 = 1;
 const COUNTER_INVALID: u8 = 0xff;
 const TIME_UTC: u8 = 0;
@@ -235,7 +235,7 @@ mod tests {
     fn a_second_of_ticks_is_a_second() {
         for khz in [1, 1000, 2_596_150, 4_294_967_295, 1_048_576] {
             let period = CounterPeriod::of_khz(khz).unwrap();
-            let second = u128::from(period.fraction) * (u128::from(khz) * 1000) >> period.shift;
+            let second = (u128::from(period.fraction) * u128::from(khz) * 1000) >> period.shift;
             let error = (1_u128 << 64) - second;
             assert!(error < 1 << 34, "{khz} kHz: off by {error} / 2^64 s");
         }

@@ -15,6 +15,9 @@ use vm_memory::{
 /// Bytes in a page.
 pub(crate) const PAGE: u64 = 4096;
 
+/// The same, for offsets into slices.
+pub(crate) const PAGE_BYTES: usize = 4096;
+
 /// The hole below 4 GiB, for the IOAPIC, the LAPICs and devices: 3 GiB to 4 GiB. Memory goes on above it.
 pub(crate) const HOLE: Range<u64> = 0xC000_0000..0x1_0000_0000;
 

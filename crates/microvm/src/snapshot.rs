@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::VERSION;
 use crate::machine::MachineError;
-use crate::memory::{GuestRam, MappedRange, MemoryRange, PAGE};
+use crate::memory::{GuestRam, MappedRange, MemoryRange, PAGE_BYTES};
 use crate::pagemap;
 use crate::state::{CONFIG, DeviceStates, MEMORY, STATE, STATE_VERSION, VmState};
 use crate::vcpu::Vcpu;
@@ -182,7 +182,6 @@ fn candidates(ram: &GuestRam, mapped: &MappedRange<'_>, offset: u64) -> io::Resu
 
 /// The runs of pages that are not all zero.
 fn nonzero_runs(bytes: &[u8]) -> impl Iterator<Item = std::ops::Range<usize>> {
-    const PAGE_BYTES: usize = PAGE as usize;
     let mut pages = bytes.chunks(PAGE_BYTES).map(is_zero).enumerate().peekable();
     std::iter::from_fn(move || {
         let (first, _) = pages.find(|(_, zero)| !zero)?;
