@@ -1,0 +1,71 @@
+//! Builds what the tasks drive: the two binaries in release, and the test guest.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::command::{self, CommandError, Output};
+use crate::guest;
+
+/// A cold build of every dependency on a small host.
+const BUILD_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// What was to be driven could not be built.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error("{what} failed:\n{output}")]
+    Cargo { what: &'static str, output: String },
+    #[error("cargo metadata names no target directory")]
+    NoTargetDirectory,
+    #[error("the test guest could not be built")]
+    Guest(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What was built.
+#[derive(Clone, Debug)]
+pub(crate) struct Built {
+    /// The `stencil` binary; the microVM's is beside it.
+    pub(crate) stencil: PathBuf,
+    /// The bare-metal test guest, an ELF with a PVH note.
+    pub(crate) guest: PathBuf,
+}
+
+/// The root of the workspace.
+pub(crate) fn workspace() -> &'static Path {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask)
+}
+
+/// The cargo that runs this task.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace());
+    cargo
+}
+
+/// Where cargo puts what it builds in this workspace.
+pub(crate) fn target_directory() -> Result<PathBuf, BuildError> {
+    let mut metadata = cargo();
+    metadata.args(["metadata", "--no-deps", "--format-version=1"]);
+    let output = cargo_run("cargo metadata", &mut metadata)?;
+    // Warnings of cargo may stand around the one line of JSON.
+    let json = output.lines().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let directory = json.as_ref().and_then(|json| json["target_directory"].as_str());
+    directory.map(PathBuf::from).ok_or(BuildError::NoTargetDirectory)
+}
+
+/// Builds the server, the client and the microVM in release, and the guest.
+pub(crate) fn build() -> Result<Built, BuildError> {
+    let mut build = cargo();
+    build.args(["build", "--release", "--package=stencil", "--package=stencil-microvm"]);
+    cargo_run("cargo build", &mut build)?;
+    let guest = guest::build().map_err(|error| BuildError::Guest(error.into()))?;
+    Ok(Built { stencil: target_directory()?.join("release/stencil"), guest })
+}
+
+fn cargo_run(what: &'static str, cargo: &mut Command) -> Result<String, BuildError> {
+    let finished = command::run(cargo, BUILD_LIMIT, Output::Kept)?;
+    if finished.succeeded() { Ok(finished.output) } else { Err(BuildError::Cargo { what, output: finished.output }) }
+}

@@ -1,0 +1,136 @@
+//! End to end: every scenario drives the real binaries over HTTP, on a server and a data directory of its own, and
+//! ends with proof that nothing of it stays.
+
+mod bad_input;
+mod console;
+mod continuity;
+mod crashes;
+mod failure;
+mod forks;
+mod lifecycle;
+mod memory;
+mod races;
+mod records;
+mod snapshots;
+mod states;
+mod vcpus;
+mod vm;
+mod world;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::host::Host;
+use crate::report::{self, mark};
+use crate::{TaskError, build, setup};
+use failure::Failure;
+use world::World;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Which hypervisor the instances ask for.
+    #[arg(long, default_value = "microvm", value_name = "NAME")]
+    hypervisor: String,
+    /// Only the scenarios whose name has this in it.
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// Where to write the results as one JSON object.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A scenario: what a user would notice, as a sentence, and how it is tried.
+type Scenario = (&'static str, fn(&mut World) -> Result<(), Failure>);
+
+/// What became of a scenario.
+enum Outcome {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+struct Tried {
+    name: &'static str,
+    outcome: Outcome,
+    took: Duration,
+}
+
+/// The `e2e` task; whether no scenario failed.
+pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
+    let host = setup::prepare()?;
+    println!("on {}, {} cores, Linux {}, KVM: {}", host.cpu, host.cores, host.kernel, host.kvm);
+    let built = build::build()?;
+    let wanted = scenarios().into_iter().filter(|(name, _)| {
+        options.filter.as_deref().is_none_or(|text| name.to_lowercase().contains(&text.to_lowercase()))
+    });
+    let results: Vec<Tried> = wanted.map(|scenario| try_one(scenario, &built, &options.hypervisor)).collect();
+    if let Some(path) = &options.json {
+        let json = format!("{:#}\n", json(&host, &results));
+        std::fs::write(path, json).map_err(|source| TaskError::Write { path: path.clone(), source })?;
+    }
+    let count = |fits: fn(&Outcome) -> bool| results.iter().filter(|result| fits(&result.outcome)).count();
+    let passed = count(|outcome| matches!(outcome, Outcome::Passed));
+    let failed = count(|outcome| matches!(outcome, Outcome::Failed(_)));
+    let skipped = count(|outcome| matches!(outcome, Outcome::Skipped(_)));
+    if skipped == 0 {
+        println!("{passed} passed, {failed} failed");
+    } else {
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+    }
+    Ok(failed == 0)
+}
+
+fn scenarios() -> Vec<Scenario> {
+    [
+        lifecycle::SCENARIOS,
+        console::SCENARIOS,
+        states::SCENARIOS,
+        continuity::SCENARIOS,
+        forks::SCENARIOS,
+        records::SCENARIOS,
+        crashes::SCENARIOS,
+        snapshots::SCENARIOS,
+        vcpus::SCENARIOS,
+        memory::SCENARIOS,
+        races::SCENARIOS,
+        bad_input::SCENARIOS,
+    ]
+    .concat()
+}
+
+fn try_one((name, act): Scenario, built: &build::Built, hypervisor: &str) -> Tried {
+    let began = Instant::now();
+    let outcome = match World::new(built, hypervisor) {
+        Err(failure) => Outcome::Failed(report::chain(&failure)),
+        Ok(mut world) => match act(&mut world) {
+            Ok(()) => world.close().map_or_else(|failure| Outcome::Failed(report::chain(&failure)), |()| Outcome::Passed),
+            Err(Failure::Skipped(reason)) => Outcome::Skipped(reason),
+            Err(failure) => Outcome::Failed(format!("{}\n{}", report::chain(&failure), world.last_words())),
+        },
+    };
+    let took = began.elapsed();
+    let (sign, detail) = match &outcome {
+        Outcome::Passed => (mark(true), ""),
+        Outcome::Skipped(reason) => ("-", reason.as_str()),
+        Outcome::Failed(detail) => (mark(false), detail.as_str()),
+    };
+    println!("{sign} {name} ({})", report::duration(took));
+    for line in detail.lines() {
+        println!("      {line}");
+    }
+    Tried { name, outcome, took }
+}
+
+fn json(host: &Host, results: &[Tried]) -> Value {
+    let scenarios = results.iter().map(|result| {
+        let (ok, detail) = match &result.outcome {
+            Outcome::Passed => (true, String::new()),
+            Outcome::Skipped(reason) => (true, format!("skipped: {reason}")),
+            Outcome::Failed(detail) => (false, detail.clone()),
+        };
+        json!({"name": result.name, "ok": ok, "ms": result.took.as_secs_f64() * 1e3, "detail": detail})
+    });
+    json!({"host": host.json(), "scenarios": scenarios.collect::<Vec<_>>()})
+}

@@ -1,0 +1,103 @@
+//! `cargo xtask`: what can be done with this tree. One file a task, and what the tasks are made of:
+//!
+//! | module | role |
+//! |---|---|
+//! | `setup`, `demo`, `e2e`, `ci` | the tasks |
+//! | `host`, `build`, `guest` | what the host can do; the binaries and the test guest |
+//! | `server`, `processes` | a `stencil serve` of its own, and proof that nothing of it stays |
+//! | `client`, `guest_console`, `arrivals` | talking to the server, to a guest, and seeing forks arrive |
+//! | `command`, `interrupt` | running programs within a time limit; undoing things on Ctrl-C |
+//! | `report` | telling what happened |
+//!
+//! Nothing here links a crate of Stencil: it drives the binaries from outside, as a user would.
+
+mod arrivals;
+mod build;
+mod ci;
+mod client;
+mod command;
+mod demo;
+mod e2e;
+mod guest;
+mod guest_console;
+mod host;
+mod interrupt;
+mod processes;
+mod report;
+mod server;
+mod setup;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What can be done with this tree.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Checks what the host has, and installs what is missing (as root) or says how.
+    Setup,
+    /// Shows the main job on this host: a warm VM becomes a template, and the template many VMs.
+    Demo(demo::Options),
+    /// Drives the real binaries through every scenario.
+    E2e(e2e::Options),
+    /// Runs all checks and tests.
+    Ci,
+}
+
+/// Why a task could not be carried out. That a check of it failed is not among them.
+#[derive(Debug, thiserror::Error)]
+enum TaskError {
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    #[error(transparent)]
+    Setup(#[from] setup::SetupError),
+    #[error(transparent)]
+    Build(#[from] build::BuildError),
+    #[error(transparent)]
+    Command(#[from] command::CommandError),
+    #[error(transparent)]
+    Demo(#[from] demo::DemoError),
+    #[error("could not listen for Ctrl-C")]
+    Interrupt(#[source] std::io::Error),
+    #[error("could not write {}", path.display())]
+    Write {
+        path: std::path::PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// The exit code for a host on which no VM can run, and for wrong usage.
+const CANNOT_RUN: u8 = 2;
+
+fn main() -> ExitCode {
+    match run(&Cli::parse().task) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{}", report::chain(&error));
+            match error {
+                TaskError::Host(_) => ExitCode::from(CANNOT_RUN),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+/// Whether everything that the task checked holds.
+fn run(task: &Task) -> Result<bool, TaskError> {
+    interrupt::listen().map_err(TaskError::Interrupt)?;
+    match task {
+        Task::Setup => setup::run().map(|()| true).map_err(TaskError::from),
+        Task::Demo(options) => demo::run(options),
+        Task::E2e(options) => e2e::run(options),
+        Task::Ci => ci::run(),
+    }
+}

@@ -1,0 +1,103 @@
+//! Looks for what a build and a VM need on this host, and installs what is missing or says how.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::command::{self, CommandError, Output};
+use crate::host::{Host, HostError};
+use crate::report;
+
+/// A slow mirror of packages.
+const APT_LIMIT: Duration = Duration::from_secs(10 * 60);
+const LOOK_LIMIT: Duration = Duration::from_secs(30);
+
+/// Something is missing that this task could not install.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SetupError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error("{missing} missing; run this line, then try again:\n    {line}")]
+    Missing { missing: String, line: String },
+    #[error("apt-get could not install {packages}:\n{output}")]
+    Apt { packages: String, output: String },
+}
+
+/// Something that the build needs, and where it comes from on Debian.
+struct Need {
+    what: &'static str,
+    package: &'static str,
+    is_there: fn() -> bool,
+}
+
+/// rustc links with `cc`, against the C library's start files.
+const NEEDS: [Need; 2] = [
+    Need { what: "a linker (cc)", package: "gcc", is_there: || cc(&["--version"]).is_some() },
+    Need {
+        what: "the C library's start files (crt1.o)",
+        package: "libc6-dev",
+        // cc answers with a path where it has the file, and else with the bare name.
+        is_there: || cc(&["-print-file-name=crt1.o"]).is_some_and(|path| Path::new(path.trim()).is_absolute()),
+    },
+];
+
+/// The components of the toolchain that `ci` uses.
+const COMPONENTS: [(&str, &str); 2] = [("fmt", "rustfmt"), ("clippy", "clippy")];
+
+/// The `setup` task.
+pub(crate) fn run() -> Result<(), SetupError> {
+    let host = prepare()?;
+    println!("{} {}, {} cores, {}", report::mark(true), host.cpu, host.cores, report::bytes(host.memory_bytes));
+    println!("{} Linux {}, KVM: {}", report::mark(true), host.kernel, host.kvm);
+    println!("{} the build has what it needs", report::mark(true));
+    let missing: Vec<&str> = COMPONENTS
+        .into_iter()
+        .filter(|(command, _)| !runs("cargo", &[command, "--version"]))
+        .map(|(_, component)| component)
+        .collect();
+    if missing.is_empty() {
+        println!("{} the checks have what they need", report::mark(true));
+        return Ok(());
+    }
+    let components = missing.join(" ");
+    Err(SetupError::Missing { missing: components.clone(), line: format!("rustup component add {components}") })
+}
+
+/// Checks that VMs can run and that the build has what it needs; as root, installs what it lacks.
+pub(crate) fn prepare() -> Result<Host, SetupError> {
+    let host = Host::check()?;
+    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !(need.is_there)()).collect();
+    if !missing.is_empty() {
+        install(&missing)?;
+    }
+    Ok(host)
+}
+
+fn install(missing: &[&Need]) -> Result<(), SetupError> {
+    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    let whats: Vec<&str> = missing.iter().map(|need| need.what).collect();
+    let (packages, whats) = (packages.join(" "), whats.join(" and "));
+    let line = format!("apt-get update && apt-get install --yes --no-install-recommends {packages}");
+    let as_root = rustix::process::geteuid().is_root();
+    if !as_root || !runs("apt-get", &["--version"]) {
+        let line = if as_root { line } else { format!("sudo sh -c '{line}'") };
+        return Err(SetupError::Missing { missing: format!("{whats}:"), line });
+    }
+    report::step(&format!("installing {packages}"), || {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &line]).env("DEBIAN_FRONTEND", "noninteractive");
+        let finished = command::run(&mut shell, APT_LIMIT, Output::Kept)?;
+        if finished.succeeded() { Ok(()) } else { Err(SetupError::Apt { packages: packages.clone(), output: finished.output }) }
+    })
+}
+
+fn cc(arguments: &[&str]) -> Option<String> {
+    let finished = command::run(Command::new("cc").args(arguments), LOOK_LIMIT, Output::Kept).ok()?;
+    finished.succeeded().then_some(finished.output)
+}
+
+fn runs(program: &str, arguments: &[&str]) -> bool {
+    command::run(Command::new(program).args(arguments), LOOK_LIMIT, Output::Kept).is_ok_and(|finished| finished.succeeded())
+}
