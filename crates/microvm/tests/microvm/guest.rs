@@ -1,4 +1,4 @@
-//! A small guest: an ELF with a PVH note, assembled into this test binary and written to a file.
+//! A small guest, assembled into this test binary and written to a file: as an ELF with a PVH note, or as a bzImage.
 //!
 //! It enters long mode, maps the low 6 GiB, takes COM1's interrupt (IRQ 4) and the restore interrupt (IRQ 5) through
 //! the PIC, prints `ready`, and then does what each character on the serial port says; what it does not know it echoes.
@@ -29,6 +29,7 @@ global_asm!(
 test_guest_start:
     .code32
     cld
+    movl %ebx, %ebp
     movl $0x1ff000, %esp
     movl $(PDPT + 3), PML4
     movl $PDPT, %edi
@@ -64,15 +65,28 @@ test_guest_start:
     movl %eax, %cr0
     lgdt LOAD + tg_gdt_pointer - test_guest_start
     pushl $8
-    pushl $(LOAD + tg_long - test_guest_start)
+    pushl $(LOAD + tg_pvh64 - test_guest_start)
     lretl
+
+    # Where a bzImage is entered: in long mode, %rsi is the zero page.
+    .org test_guest_start + 0x200
+    .code64
+    cmpl $0x53726448, 0x202(%rsi)
+    jne tg_triple
+    movl 0x228(%rsi), %r12d
+    movl 0x218(%rsi), %r13d
+    lgdt tg_gdt_pointer(%rip)
+    pushq $8
+    leaq tg_long(%rip), %rax
+    pushq %rax
+    lretq
 
     .balign 8
 tg_gdt:
     .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
 tg_gdt_pointer:
     .word 23
-    .long LOAD + tg_gdt - test_guest_start
+    .quad LOAD + tg_gdt - test_guest_start
 tg_idt_pointer:
     .word 0xfff
     .quad IDT
@@ -81,6 +95,15 @@ tg_no_idt:
     .quad 0
 
     .code64
+# %rbp is hvm_start_info. From here on %r12 is the command line, %r13 the initial RAM disk or 0.
+tg_pvh64:
+    movl %ebp, %ebp
+    movq 0x18(%rbp), %r12
+    xorl %r13d, %r13d
+    cmpl $0, 0xc(%rbp)
+    je tg_long
+    movq 0x10(%rbp), %rax
+    movq (%rax), %r13
 tg_long:
     movw $0x10, %ax
     movw %ax, %ds
@@ -142,6 +165,10 @@ tg_loop:
     je tg_generation
     cmpb $'k', %al
     je tg_clock
+    cmpb $'m', %al
+    je tg_cmdline
+    cmpb $'i', %al
+    je tg_initrd
     cmpb $'w', %al
     je tg_write
     cmpb $'s', %al
@@ -191,6 +218,14 @@ tg_clock:
     movq $0x9f000, %rsi
     movl $112, %ecx
     jmp tg_hex
+tg_cmdline:
+    movq %r12, %rsi
+    call tg_print
+    jmp tg_newline
+tg_initrd:
+    movq %r13, %rsi
+    call tg_print
+    jmp tg_newline
 tg_write:
     movq $SCRATCH, %rdi
     movl $16, %ecx
@@ -376,6 +411,26 @@ pub(crate) fn write_elf(directory: &Path) -> PathBuf {
 /// Writes an ELF without a PVH note.
 pub(crate) fn write_elf_without_note(directory: &Path) -> PathBuf {
     write(directory, "noteless.elf", 1)
+}
+
+/// Writes the guest as a bzImage with these `xloadflags` (Linux, Documentation/arch/x86/boot.rst).
+pub(crate) fn write_bzimage(directory: &Path, xloadflags: u16) -> PathBuf {
+    // A boot sector and one sector of setup code, both empty but for the header.
+    let mut image = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x20f_u16.to_le_bytes());
+    put(0x211, &[1]); // loaded high
+    put(0x214, &u32::try_from(LOAD).unwrap().to_le_bytes());
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x236, &xloadflags.to_le_bytes());
+    put(0x258, &LOAD.to_le_bytes());
+    put(0x260, &0x20_0000_u32.to_le_bytes());
+    image.extend(code());
+    let path = directory.join("bzImage");
+    fs::write(&path, image).unwrap();
+    path
 }
 
 fn write(directory: &Path, name: &str, note_type: u32) -> PathBuf {

@@ -1,5 +1,10 @@
 //! The real binary over its real socket, on the real /dev/kvm, with a small guest assembled into this test.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on has failed, helpers included"
+)]
+
 mod boots;
 mod ends;
 mod guest;
