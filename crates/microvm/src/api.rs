@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -23,6 +24,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::VERSION;
 use crate::control::{Call, Message};
 use crate::error::{CallError, VmError};
+use crate::socket::accept;
 use crate::status::Status;
 
 /// The largest body that is read, in bytes.
@@ -71,18 +73,11 @@ impl Api {
 }
 
 /// Serves connections until `vmm.shutdown` is answered.
-pub(crate) async fn accept(listener: &UnixListener, api: &Arc<Api>) {
+pub(crate) async fn serve_all(listener: &UnixListener, api: &Arc<Api>) {
     loop {
         tokio::select! {
             () = api.quit.notified() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => drop(tokio::spawn(serve(stream, Arc::clone(api)))),
-                Err(error) => {
-                    // Out of file descriptors, as a rule: who hangs up makes room, so let the others go on.
-                    tracing::warn!(%error, "a connection cannot be accepted");
-                    tokio::task::yield_now().await;
-                }
-            },
+            stream = accept(listener) => drop(tokio::spawn(serve(stream, Arc::clone(api)))),
         }
     }
 }
@@ -107,7 +102,7 @@ async fn serve(stream: UnixStream, api: Arc<Api>) {
 async fn answer(api: &Api, request: Request<Incoming>) -> Reply {
     let (head, body) = request.into_parts();
     let path = head.uri.path();
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let mut reply = match route(api, &head.method, path, body).await {
         Ok(reply) => reply,
         Err(Failure::NotFound) => json_reply(StatusCode::NOT_FOUND, &ErrorBody(vec!["Not Found".to_owned()])),
@@ -128,9 +123,7 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Reply {
         .headers_mut()
         .insert(SERVER, HeaderValue::from_static("stencil-microvm"));
     let status = reply.status().as_u16();
-    if reply.status().is_success() {
-        tracing::debug!(method = %head.method, path, status, elapsed = ?began.elapsed());
-    } else {
+    if reply.status().is_server_error() || reply.status() == StatusCode::BAD_REQUEST {
         let body = reply
             .body()
             .clone()
@@ -139,6 +132,8 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Reply {
             .map(|body| body.to_bytes())
             .unwrap_or_default();
         tracing::warn!(method = %head.method, path, status, body = %String::from_utf8_lossy(&body), "refused");
+    } else {
+        tracing::debug!(method = %head.method, path, status, elapsed = ?began.elapsed());
     }
     reply
 }

@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 use crate::counters::Counters;
 use crate::locked::locked;
 use crate::serial::Serial;
-use crate::socket::{BoundPath, Listening, SocketError};
+use crate::socket::{BoundPath, Listening, SocketError, accept};
 
 /// Bytes that may wait for a client before it is dropped.
 const BACKLOG: usize = 256 << 10;
@@ -147,7 +147,7 @@ impl ConsoleSocket {
         };
         let accepting = runtime.spawn(async move {
             match UnixListener::from_std(listener) {
-                Ok(listener) => accept(&listener, &clients, &input).await,
+                Ok(listener) => accept_all(&listener, &clients, &input).await,
                 Err(error) => tracing::error!(%error, "the console socket cannot be served"),
             }
         });
@@ -164,25 +164,17 @@ impl Drop for Console {
     }
 }
 
-async fn accept(listener: &UnixListener, clients: &Clients, input: &Input) {
+async fn accept_all(listener: &UnixListener, clients: &Clients, input: &Input) {
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let (output, queue) = mpsc::channel(BACKLOG);
-                let task = tokio::spawn(attend(stream, queue, input.clone()));
-                let mut clients = locked(clients);
-                clients.retain(|client| !client.output.is_closed());
-                clients.push(Client {
-                    output,
-                    task: task.abort_handle(),
-                });
-            }
-            Err(error) => {
-                // Out of file descriptors, as a rule: who hangs up makes room, so let the others go on.
-                tracing::warn!(%error, "a console client cannot be accepted");
-                tokio::task::yield_now().await;
-            }
-        }
+        let stream = accept(listener).await;
+        let (output, queue) = mpsc::channel(BACKLOG);
+        let task = tokio::spawn(attend(stream, queue, input.clone()));
+        let mut clients = locked(clients);
+        clients.retain(|client| !client.output.is_closed());
+        clients.push(Client {
+            output,
+            task: task.abort_handle(),
+        });
     }
 }
 
@@ -214,11 +206,15 @@ impl Input {
 /// One client, both ways, until it hangs up or there is no more output.
 async fn attend(mut stream: UnixStream, mut queue: Receiver<u8>, to_guest: Input) {
     let (mut reader, mut writer) = stream.split();
+    let gone = Notify::new();
     let output = async {
         let mut bytes = Vec::new();
+        let mut listens = true;
         while queue.recv_many(&mut bytes, 4096).await > 0 {
-            if writer.write_all(&bytes).await.is_err() {
-                return;
+            // Who listens no more may still have sent input that is not read yet.
+            if listens && writer.write_all(&bytes).await.is_err() {
+                listens = false;
+                gone.notify_one();
             }
             bytes.clear();
         }
@@ -226,18 +222,15 @@ async fn attend(mut stream: UnixStream, mut queue: Receiver<u8>, to_guest: Input
     let input = async {
         let mut bytes = [0; 4096];
         loop {
-            let count = match reader.read(&mut bytes).await {
+            match reader.read(&mut bytes).await {
                 Ok(0) => break,
-                Ok(count) => count,
-                Err(_) => return,
-            };
-            if !to_guest.send(&bytes[..count]).await {
-                return;
+                Ok(count) if to_guest.send(&bytes[..count]).await => {}
+                Ok(_) | Err(_) => return,
             }
         }
-        // It will send no more. If it only closed that direction, it still gets the output.
+        // It sends no more. If it only closed that direction, it still gets the output.
         if !hung_up(reader.as_ref()) {
-            std::future::pending::<()>().await;
+            gone.notified().await;
         }
     };
     tokio::select! {
@@ -254,4 +247,50 @@ fn hung_up(stream: &UnixStream) -> bool {
         tv_nsec: 0,
     };
     poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::HUP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An output with one client, and that client's end of the connection.
+    fn attached(counters: &Arc<Counters>) -> (Output, UnixStream) {
+        let output = Output::nowhere(Arc::clone(counters));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let input = Input { serial: Weak::new(), room: Arc::default() };
+        let (sender, queue) = mpsc::channel(BACKLOG);
+        let task = tokio::spawn(attend(ours, queue, input)).abort_handle();
+        locked(&output.clients).push(Client { output: sender, task });
+        (output, theirs)
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_dropped() {
+        let counters = Arc::new(Counters::new(1));
+        let (mut output, mut client) = attached(&counters);
+        let mut written = 0;
+        while counters.clients_dropped.load(Relaxed) == 0 {
+            output.write_all(&[b'x'; 1024]).unwrap();
+            written += 1024;
+            tokio::task::yield_now().await;
+        }
+        assert!(written >= BACKLOG);
+        assert!(locked(&output.clients).is_empty());
+        // It sees the end, after what it was sent.
+        let mut read = Vec::new();
+        client.read_to_end(&mut read).await.unwrap();
+        assert!(read.len() < written);
+    }
+
+    #[tokio::test]
+    async fn the_last_output_reaches_a_client_before_the_end() {
+        let counters = Arc::new(Counters::new(1));
+        let (mut output, mut client) = attached(&counters);
+        output.write_all(b"the end\n").unwrap();
+        drop(output);
+        let mut read = Vec::new();
+        client.read_to_end(&mut read).await.unwrap();
+        assert_eq!(read, b"the end\n");
+        assert_eq!(counters.clients_dropped.load(Relaxed), 0);
+    }
 }

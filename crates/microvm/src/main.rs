@@ -2,6 +2,8 @@
 
 use std::env;
 use std::io::stderr;
+use std::panic;
+use std::process;
 use std::process::ExitCode;
 
 use stencil_microvm::{ApiSocket, VERSION, serve};
@@ -17,6 +19,12 @@ fn main() -> ExitCode {
     if let Err(error) = rustix::process::setsid() {
         tracing::debug!(%error, "no session of its own");
     }
+    // Each thread is needed: a VMM that has lost one must not look alive. The log has the message.
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        process::abort();
+    }));
     let socket = match arguments(env::args().skip(1)) {
         Ok(Asked::Serve(socket)) => socket,
         Ok(Asked::Version) => {

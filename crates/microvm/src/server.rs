@@ -35,7 +35,7 @@ pub fn serve(socket: &ApiSocket) -> Result<(), ServeError> {
     let listening = socket.listen()?;
     kick::install_handler().map_err(ServeError::Start)?;
     let runtime = runtime::Builder::new_current_thread()
-        .enable_io()
+        .enable_all()
         .build()
         .map_err(ServeError::Start)?;
     let status = Arc::new(Status::default());
@@ -52,7 +52,7 @@ pub fn serve(socket: &ApiSocket) -> Result<(), ServeError> {
         let listener = UnixListener::from_std(listening.listener).map_err(ServeError::Start)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Start)?;
         tokio::select! {
-            () = api::accept(&listener, &api) => {}
+            () = api::serve_all(&listener, &api) => {}
             _ = terminate.recv() => tracing::info!("SIGTERM"),
         }
         // Joining would block the runtime; the reply comes when the vCPUs are down and the VM is dropped.

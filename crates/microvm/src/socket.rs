@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Where the API is served: the value of `--api-socket`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +122,20 @@ impl Listening {
         let listener = unsafe { UnixListener::from_raw_fd(number) };
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self { listener, path: None })
+    }
+}
+
+/// The next who connects. Where that fails, for want of file descriptors as a rule, the next attempt has to wait until
+/// somebody may have hung up.
+pub(crate) async fn accept(listener: &tokio::net::UnixListener) -> tokio::net::UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection cannot be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
     }
 }
 

@@ -50,6 +50,25 @@ fn input_of_many_fifos_arrives_whole_and_in_order() {
 }
 
 #[test]
+fn input_of_a_client_that_hangs_up_at_once_arrives_whole() {
+    let vmm = Vmm::booted(64 * MIB);
+    let sent: String = ('0'..='9').cycle().take(20_000).collect();
+    // In one piece in the socket's buffer; the first echo finds nobody who listens.
+    drop(vmm.send(&sent));
+    vmm.wait_for(&sent);
+}
+
+#[test]
+fn a_client_that_only_stops_to_write_still_gets_the_answer() {
+    let vmm = Vmm::booted(64 * MIB);
+    let mut console = vmm.send("p");
+    console.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = [0; 5];
+    console.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"pong\n");
+}
+
+#[test]
 fn a_paused_guest_does_nothing_and_goes_on_when_resumed() {
     let vmm = Vmm::booted(64 * MIB);
     vmm.done("vm.pause", &Value::Null);

@@ -65,6 +65,16 @@ fn vmm_shutdown_ends_the_process_cleanly_and_takes_the_console_socket_away() {
 }
 
 #[test]
+fn a_socket_that_it_made_is_taken_away_again() {
+    let vmm = Vmm::start_at_path();
+    assert_eq!(vmm.get("vmm.ping").status, 200);
+    assert_eq!(vmm.put("vmm.shutdown", &Value::Null).status, 200);
+    let (status, directory) = vmm.wait();
+    assert!(status.success());
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn sigterm_ends_the_process_cleanly() {
     let vmm = Vmm::booted(64 << 20);
     let pid = rustix::process::Pid::from_raw(vmm.pid().try_into().unwrap()).unwrap();

@@ -46,6 +46,23 @@ impl Vmm {
         Self { process, directory }
     }
 
+    /// Starts it so that it binds the socket itself.
+    pub(crate) fn start_at_path() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+        inotify::add_watch(&watch, directory.path(), inotify::WatchFlags::CREATE).unwrap();
+        let process = Command::new(env!("CARGO_BIN_EXE_stencil-microvm"))
+            .args(["--api-socket", "path=vmm.sock"])
+            .current_dir(directory.path())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_readable(&watch);
+        // It is there from `bind` on, and takes connections from the `listen` that follows.
+        while UnixStream::connect(directory.path().join("vmm.sock")).is_err() {}
+        Self { process, directory }
+    }
+
     /// With a VM of the test guest that runs and is ready.
     pub(crate) fn booted(memory_bytes: u64) -> Self {
         Self::booted_with(memory_bytes, 1)
@@ -152,12 +169,11 @@ impl Vmm {
             if printed.contains(text) {
                 return printed;
             }
-            let timeout = Timespec {
-                tv_sec: PATIENCE.as_secs().try_into().unwrap(),
-                tv_nsec: 0,
-            };
-            let events = poll(&mut [PollFd::new(&watch, PollFlags::IN)], Some(&timeout)).unwrap();
-            assert!(events > 0, "no {text:?} in {printed:?}; {}", self.log());
+            assert!(
+                wait_readable(&watch),
+                "no {text:?} in {printed:?}; {}",
+                self.log()
+            );
             rustix::io::read(&watch, &mut [0_u8; 4096]).unwrap();
         }
     }
@@ -213,6 +229,15 @@ impl Drop for Vmm {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Waits for an event; says whether one came in time.
+fn wait_readable(watch: &OwnedFd) -> bool {
+    let timeout = Timespec {
+        tv_sec: PATIENCE.as_secs().try_into().unwrap(),
+        tv_nsec: 0,
+    };
+    poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout)).unwrap() > 0
 }
 
 pub(crate) fn definition(kernel: &Path, memory_bytes: u64, vcpus: u32) -> Value {
