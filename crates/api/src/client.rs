@@ -350,15 +350,19 @@ impl Client {
     fn unreachable(&self, error: hyper_util::client::legacy::Error) -> ClientError {
         let refused = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
         match refused {
-            Some(source)
+            Some(error)
                 if matches!(
-                    source.kind(),
+                    error.kind(),
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) =>
             {
+                // An error of the system is its number; it cannot be taken out of the other one.
+                let source = error
+                    .raw_os_error()
+                    .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
                 ClientError::NoServer {
                     socket: self.socket.clone(),
-                    source: source.kind().into(),
+                    source,
                 }
             }
             _ => self.broken(error),

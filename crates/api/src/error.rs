@@ -173,12 +173,9 @@ fn store(error: &StoreError) -> ApiError {
 fn vmm(id: &InstanceId, error: &VmmError) -> String {
     let why = match error {
         VmmError::Rejected { call, body, .. } => {
-            let reasons: Vec<&str> = body
-                .0
-                .iter()
-                .map(String::as_str)
-                .filter(|line| !line.contains('/'))
-                .collect();
+            // The first line of Cloud Hypervisor's errors says only that it is one.
+            let says_something = |line: &&str| !line.contains('/') && *line != "Error from API";
+            let reasons: Vec<&str> = body.0.iter().map(String::as_str).filter(says_something).collect();
             format!("refused {call}: {}", reasons.join(": "))
         }
         VmmError::Timeout { call, after } => format!("did not answer {call} within {after:?}"),
@@ -205,4 +202,154 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::time::Duration;
+
+    use stencil_core::rules::LiveFork;
+    use stencil_core::{State, UnreadableCause};
+    use stencil_vmm::Call;
+    use stencil_vmm_api::ErrorBody as VmmWords;
+
+    use super::*;
+
+    const SECRET: &str = "/srv/secret";
+
+    fn id() -> InstanceId {
+        "01k6h2v9d3e4f5g6h7j8k9m0n1".parse().unwrap()
+    }
+
+    fn denied() -> io::Error {
+        io::ErrorKind::PermissionDenied.into()
+    }
+
+    fn vmm(source: VmmError) -> EngineError {
+        EngineError::Vmm { id: id(), source }
+    }
+
+    /// One of each way to fail.
+    fn all() -> Vec<EngineError> {
+        vec![
+            EngineError::Invalid("vcpus is 0; microvm takes 1 to 254".to_owned()),
+            EngineError::NotFound("nobody".to_owned()),
+            EngineError::Ambiguous {
+                reference: "01k6".to_owned(),
+                candidates: vec![id(), id()],
+            },
+            EngineError::NameConflict {
+                name: "web".to_owned(),
+                holder: id().to_string(),
+            },
+            rules_error(stencil_core::rules::promote(State::Running)),
+            rules_error(stencil_core::rules::delete(
+                State::Template,
+                &[LiveFork {
+                    id: id(),
+                    name: "web-1".parse().unwrap(),
+                }],
+            )),
+            Refusal::InvalidTarget {
+                source_state: State::Stopped,
+                target: State::Paused,
+                allowed: &[State::Stopped, State::Running],
+            }
+            .into(),
+            EngineError::NoConsole(id()),
+            EngineError::NoSnapshot(id()),
+            EngineError::OtherVersion {
+                id: id(),
+                made_by: "0.1.0".to_owned(),
+                here: "0.2.0".to_owned(),
+            },
+            StoreError::NotFound { id: id() }.into(),
+            StoreError::Unreadable {
+                id: id(),
+                path: SECRET.into(),
+                source: UnreadableCause::Io(denied()),
+            }
+            .into(),
+            StoreError::NotAnInstance { path: SECRET.into() }.into(),
+            StoreError::BrokenSnapshot {
+                path: SECRET.into(),
+                reason: "state.json is missing".to_owned(),
+            }
+            .into(),
+            StoreError::Io {
+                what: "write",
+                path: SECRET.into(),
+                source: denied(),
+            }
+            .into(),
+            vmm(VmmError::Spawn {
+                binary: SECRET.into(),
+                source: denied(),
+            }),
+            vmm(VmmError::Timeout {
+                call: Call::Boot,
+                after: Duration::from_secs(60),
+            }),
+            vmm(VmmError::Rejected {
+                call: Call::Boot,
+                status: 500,
+                body: VmmWords(vec![
+                    "Error from API".to_owned(),
+                    format!("cannot load {SECRET}"),
+                    "it has no PVH note".to_owned(),
+                ]),
+            }),
+            EngineError::SourceNotRestored {
+                id: id(),
+                source: Box::new(vmm(VmmError::Timeout {
+                    call: Call::Restore,
+                    after: Duration::from_secs(60),
+                })),
+            },
+            EngineError::Io {
+                what: "read",
+                path: SECRET.into(),
+                source: denied(),
+            },
+        ]
+    }
+
+    fn rules_error<T: std::fmt::Debug>(refused: Result<T, Refusal>) -> EngineError {
+        refused.unwrap_err().into()
+    }
+
+    #[test]
+    fn each_way_to_fail_has_its_status_code_message_and_details() {
+        let told: Vec<Value> = all()
+            .into_iter()
+            .map(|error| {
+                let told = ApiError::from(error);
+                json!({ "status": told.status.as_u16(), "body": told.body })
+            })
+            .collect();
+        insta::assert_json_snapshot!(told);
+    }
+
+    #[test]
+    fn no_path_of_the_host_is_told_and_all_of_them_are_in_the_chain() {
+        for error in all() {
+            let names_a_path = format!("{error:?}").contains(SECRET);
+            assert_eq!(chain(&error).contains(SECRET), names_a_path, "{error:?}");
+            let told = serde_json::to_string(&ApiError::from(error).body).unwrap();
+            assert!(!told.contains("secret"), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_chain_does_not_repeat_itself() {
+        let error = EngineError::from(stencil_core::rules::promote(State::Running).unwrap_err());
+        assert_eq!(chain(&error), error.to_string());
+        let error = EngineError::Io {
+            what: "read",
+            path: "/a".into(),
+            source: denied(),
+        };
+        assert_eq!(chain(&error), "could not read /a: permission denied");
+    }
 }

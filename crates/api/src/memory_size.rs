@@ -67,8 +67,10 @@ impl FromStr for MemorySize {
         let size = match number.parse::<u64>() {
             Ok(bytes) if is_bytes => ByteSize(bytes),
             Err(_) if is_bytes => return Err(MemorySizeError::TooLarge(text.to_owned())),
-            // A fraction of a byte is no size: a point needs a unit.
-            _ if unit.is_empty() => return Err(MemorySizeError::Unreadable(text.to_owned())),
+            // A fraction of a byte is no size: a point needs a unit. Without a number there is nothing to parse.
+            _ if unit.is_empty() || number.is_empty() => {
+                return Err(MemorySizeError::Unreadable(text.to_owned()));
+            }
             _ => text
                 .parse()
                 .map_err(|_| MemorySizeError::Unreadable(text.to_owned()))?,

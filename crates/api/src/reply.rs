@@ -267,3 +267,141 @@ impl From<stencil_engine::Timings> for Timings {
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use stencil_core::rules::{LiveFork, Operation};
+    use stencil_core::{Epoch, EpochKind, Metadata, ProcessIdentity, VmSpec, VmmRecord};
+
+    use super::*;
+
+    fn id(last: char) -> InstanceId {
+        format!("01k6h2v9d3e4f5g6h7j8k9m0n{last}").parse().unwrap()
+    }
+
+    fn metadata() -> Metadata {
+        let spec = VmSpec::new("microvm".parse().unwrap(), "/boot/guest.elf".into(), 2, 512 << 20);
+        let made = "2026-01-02T03:04:05Z".parse().unwrap();
+        Metadata::new(
+            id('1'),
+            "warm".parse().unwrap(),
+            spec,
+            VmGeneration::from_bytes([0x1f; 16]),
+            made,
+        )
+    }
+
+    fn vmm() -> VmmRecord {
+        VmmRecord {
+            process: ProcessIdentity {
+                pid: 4711,
+                start_time: 1,
+                boot_id: String::new(),
+            },
+            version: "0.1.0".to_owned(),
+            started_at: "2026-01-02T03:04:06Z".parse().unwrap(),
+            epoch: Epoch {
+                began: EpochKind::Fork,
+                console_offset: 0,
+            },
+            other: serde_json::Map::new(),
+        }
+    }
+
+    fn seen(state: State, metadata: Option<Metadata>) -> stencil_engine::Instance {
+        stencil_engine::Instance {
+            id: id('1'),
+            name: None,
+            metadata,
+            state,
+            state_error: None,
+            forks: None,
+            memory_use: None,
+            timings: None,
+        }
+    }
+
+    #[test]
+    fn a_fork_shows_everything_that_is_known_of_it() {
+        let fork = stencil_engine::Instance {
+            memory_use: Some(stencil_vmm::MemoryUse {
+                pss: 1,
+                private: 2,
+                shared: 3,
+                rss: 5,
+            }),
+            timings: Some(stencil_engine::Timings {
+                operation: Operation::Fork,
+                phases: vec![
+                    ("spawn", Duration::from_nanos(700_900)),
+                    ("restore", Duration::from_nanos(1_120_900)),
+                ],
+            }),
+            ..seen(
+                State::Running,
+                Some(Metadata {
+                    vmm: Some(vmm()),
+                    fork_of_template: Some(id('0')),
+                    memory_mode: Some(MemoryMode::Cow),
+                    spec: VmSpec {
+                        readiness: Readiness::Console("ready epoch=".to_owned()),
+                        labels: [("team".to_owned(), "db".to_owned())].into(),
+                        ..metadata().spec
+                    },
+                    ..metadata()
+                }),
+            )
+        };
+        insta::assert_json_snapshot!(Instance::from(fork));
+    }
+
+    #[test]
+    fn a_template_shows_its_forks() {
+        let template = stencil_engine::Instance {
+            forks: Some(vec![LiveFork {
+                id: id('2'),
+                name: "warm-1".parse().unwrap(),
+            }]),
+            ..seen(
+                State::Template,
+                Some(Metadata {
+                    is_template: true,
+                    ..metadata()
+                }),
+            )
+        };
+        insta::assert_json_snapshot!(Instance::from(template));
+    }
+
+    #[test]
+    fn of_an_instance_whose_metadata_cannot_be_read_only_that_is_told() {
+        let unknown = stencil_engine::Instance {
+            state_error: Some("its metadata cannot be read".to_owned()),
+            ..seen(State::Unknown, None)
+        };
+        insta::assert_json_snapshot!(Instance::from(unknown));
+    }
+
+    #[test]
+    fn a_vmm_that_ended_by_itself_is_not_shown_with_its_old_pid() {
+        let ended = seen(
+            State::Stopped,
+            Some(Metadata {
+                vmm: Some(vmm()),
+                ..metadata()
+            }),
+        );
+        assert_eq!(Instance::from(ended).pid, None);
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let entry = ForkEntry {
+            name: "warm-1".parse().unwrap(),
+            outcome: ForkOutcome::Instance(Box::new(seen(State::Running, Some(metadata())).into())),
+        };
+        let json = serde_json::to_value(&entry).unwrap();
+        assert_eq!(json["instance"]["name"], "warm");
+        assert_eq!(serde_json::from_value::<ForkEntry>(json).unwrap(), entry);
+    }
+}

@@ -8,7 +8,7 @@ use stencil_api::memory_size::MemorySize;
 use stencil_api::timeout::Timeout;
 use stencil_core::{HypervisorName, InstanceName, MemoryMode, State};
 
-/// Manages virtual machines whose warm state is a template: forks of it run about a millisecond later.
+/// Manages virtual machines that can be forked: warm one up, make it a template, and stamp out forks that go on from it
 #[derive(Debug, Parser)]
 #[command(
     name = "stencil",
@@ -18,7 +18,13 @@ use stencil_core::{HypervisorName, InstanceName, MemoryMode, State};
 )]
 pub(crate) struct Args {
     /// The server's socket [default: stencil.sock in the data directory]
-    #[arg(long, global = true, env = "STENCIL_SOCKET", value_name = "PATH")]
+    #[arg(
+        long,
+        global = true,
+        env = "STENCIL_SOCKET",
+        hide_env_values = true,
+        value_name = "PATH"
+    )]
     pub(crate) socket: Option<PathBuf>,
     /// Print the API's JSON instead of tables
     #[arg(long, global = true)]

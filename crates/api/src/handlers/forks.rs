@@ -58,3 +58,51 @@ fn answer(results: Vec<Forked>) -> Result<(StatusCode, axum::Json<ForkList>), Ap
     }
     Ok((status, axum::Json(ForkList { forks })))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed() -> Result<Instance, ApiError> {
+        Err(ApiError::invalid("it failed"))
+    }
+
+    fn made() -> Result<Instance, ApiError> {
+        let instance = serde_json::json!({ "id": "01k6h2v9d3e4f5g6h7j8k9m0n1", "state": "Running" });
+        Ok(serde_json::from_value(instance).unwrap())
+    }
+
+    fn answered<const N: usize>(results: [Result<Instance, ApiError>; N]) -> (u16, Vec<bool>) {
+        let names = (1..).map(|number| format!("web-{number}").parse().unwrap());
+        let (status, list) = answer(names.zip(results).collect()).unwrap();
+        let made = list
+            .0
+            .forks
+            .iter()
+            .map(|fork| matches!(fork.outcome, ForkOutcome::Instance(_)));
+        (status.as_u16(), made.collect())
+    }
+
+    #[test]
+    fn created_if_all_worked() {
+        assert_eq!(answered([made(), made()]), (201, vec![true, true]));
+    }
+
+    #[test]
+    fn an_entry_for_each_if_some_worked() {
+        assert_eq!(
+            answered([failed(), made(), failed()]),
+            (207, vec![false, true, false])
+        );
+    }
+
+    #[test]
+    fn the_error_if_none_worked() {
+        let name = || "web-1".parse().unwrap();
+        let error = answer(vec![(name(), failed()), (name(), failed())]).unwrap_err();
+        assert_eq!(
+            (error.status.as_u16(), error.body.message.as_str()),
+            (400, "it failed")
+        );
+    }
+}

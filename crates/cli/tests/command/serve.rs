@@ -1,0 +1,118 @@
+//! The server as a process: how it begins, how it ends, and why it would not begin.
+
+use rustix::process::Signal;
+
+use crate::stencil::{Server, command, done};
+
+#[test]
+fn each_signal_that_ends_it_ends_it_well() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let server = Server::start();
+        server.create("web");
+        let socket = server.socket();
+        let (code, log, dir) = server.end(signal);
+        assert_eq!(code, Some(0), "{log}");
+        assert!(log.contains("ended; VMs go on running"), "{log}");
+        assert!(!socket.exists(), "its socket is gone");
+        let server = Server::start_in(dir);
+        assert!(
+            server.run(&["ls"]).stdout.contains("web"),
+            "the next server has what it had"
+        );
+    }
+}
+
+#[test]
+fn a_server_that_was_killed_leaves_a_socket_that_the_next_one_takes() {
+    let server = Server::start();
+    let socket = server.socket();
+    let (code, _, dir) = server.end(Signal::KILL);
+    assert_eq!(code, None);
+    assert!(socket.exists());
+    let server = Server::start_in(dir);
+    assert_eq!(server.run(&["ls"]).code, 0);
+}
+
+#[test]
+fn a_second_server_on_the_same_data_is_refused_and_the_first_goes_on() {
+    let server = Server::start();
+    let second = done(command(server.dir.path()).args(["serve", "--data", "data", "--microvm", "microvm"]));
+    assert_eq!(second.code, 1);
+    assert!(
+        second.stderr.contains("is in use by the server with pid "),
+        "{}",
+        second.stderr
+    );
+    assert!(
+        second
+            .stderr
+            .contains("stop that server, or choose another directory"),
+        "{}",
+        second.stderr
+    );
+    assert_eq!(server.run(&["ls"]).code, 0);
+}
+
+#[test]
+fn a_second_server_on_the_same_socket_is_refused_and_the_first_goes_on() {
+    let server = Server::start();
+    let mut second = command(server.dir.path());
+    second
+        .args(["serve", "--data", "other", "--microvm", "microvm", "--socket"])
+        .arg(server.socket());
+    let second = done(&mut second);
+    assert_eq!(second.code, 1);
+    assert!(
+        second.stderr.contains("a server listens at "),
+        "{}",
+        second.stderr
+    );
+    assert_eq!(server.run(&["ls"]).code, 0);
+}
+
+#[test]
+fn a_vmm_that_cannot_be_used_is_told_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("notes"), "").unwrap();
+    for (microvm, expected) in [
+        (
+            "nothing",
+            "nothing cannot be used as the VMM; name another one with --microvm",
+        ),
+        (
+            "notes",
+            "notes cannot be used as the VMM; name another one with --microvm",
+        ),
+        ("/bin/true", "--version does not tell a version"),
+    ] {
+        let mut serve = command(dir.path());
+        serve.args(["serve", "--data", "data", "--microvm", microvm]);
+        let done = done(&mut serve);
+        assert_eq!(done.code, 1, "{microvm}: {done:?}");
+        assert!(done.stderr.contains(expected), "{microvm}: {}", done.stderr);
+    }
+    assert!(!dir.path().join("data").exists(), "nothing was made");
+}
+
+#[test]
+fn an_address_that_is_not_this_hosts_is_told() {
+    let server = Server::start();
+    let mut serve = command(server.dir.path());
+    // Of the block for documentation (RFC 5737).
+    serve.args([
+        "serve",
+        "--data",
+        "other",
+        "--microvm",
+        "microvm",
+        "--listen",
+        "192.0.2.1:80",
+    ]);
+    let done = done(&mut serve);
+    assert_eq!(done.code, 1);
+    assert!(
+        done.stderr.contains("error: cannot listen on 192.0.2.1:80: "),
+        "{}",
+        done.stderr
+    );
+}
