@@ -257,7 +257,10 @@ mod tests {
     fn attached(counters: &Arc<Counters>) -> (Output, UnixStream) {
         let output = Output::nowhere(Arc::clone(counters));
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let input = Input { serial: Weak::new(), room: Arc::default() };
+        let input = Input {
+            serial: Weak::new(),
+            room: Arc::default(),
+        };
         let (sender, queue) = mpsc::channel(BACKLOG);
         let task = tokio::spawn(attend(ours, queue, input)).abort_handle();
         locked(&output.clients).push(Client { output: sender, task });
