@@ -41,7 +41,12 @@ impl Arrivals {
     pub(crate) fn watch(instances: &Path) -> rustix::io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&inotify, instances, WatchFlags::CREATE | WatchFlags::MOVED_TO)?;
-        Ok(Self { instances: instances.to_owned(), inotify, unheard: HashMap::new(), seen: Vec::new() })
+        Ok(Self {
+            instances: instances.to_owned(),
+            inotify,
+            unheard: HashMap::new(),
+            seen: Vec::new(),
+        })
     }
 
     /// What is seen next, and when; `None` if it is nothing until the deadline.
@@ -71,7 +76,9 @@ impl Arrivals {
                 printed.push(event.wd());
                 continue;
             }
-            let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()).to_string_lossy().into_owned());
+            let name = event
+                .file_name()
+                .map(|name| OsStr::from_bytes(name.to_bytes()).to_string_lossy().into_owned());
             match name {
                 Some(name) if event.events().contains(ReadFlags::MOVED_TO) && !name.starts_with('.') => {
                     self.seen.push((now, Arrival::Named(name)));
@@ -107,14 +114,23 @@ impl Arrivals {
 
     /// The directory of an instance, under whichever of its two names it has by now.
     fn directory(&self, id: &str) -> Option<PathBuf> {
-        let [new, named] = [self.instances.join(format!("{NEW_PREFIX}{id}")), self.instances.join(id)];
-        if new.exists() { Some(new) } else { Some(named).filter(|named| named.exists()) }
+        let [new, named] = [
+            self.instances.join(format!("{NEW_PREFIX}{id}")),
+            self.instances.join(id),
+        ];
+        if new.exists() {
+            Some(new)
+        } else {
+            Some(named).filter(|named| named.exists())
+        }
     }
 
     fn is_awake(&self, id: &str) -> bool {
         // Renamed in between, it is found at the second attempt.
         (0..2).any(|_| {
-            let log = self.directory(id).and_then(|directory| std::fs::read_to_string(directory.join("console.log")).ok());
+            let log = self
+                .directory(id)
+                .and_then(|directory| std::fs::read_to_string(directory.join("console.log")).ok());
             log.is_some_and(|log| log.lines().any(|line| line.starts_with(AWAKE)))
         })
     }

@@ -51,7 +51,9 @@ pub(crate) fn target_directory() -> Result<PathBuf, BuildError> {
     metadata.args(["metadata", "--no-deps", "--format-version=1"]);
     let output = cargo_run("cargo metadata", &mut metadata)?;
     // Warnings of cargo may stand around the one line of JSON.
-    let json = output.lines().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let json = output
+        .lines()
+        .find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let directory = json.as_ref().and_then(|json| json["target_directory"].as_str());
     directory.map(PathBuf::from).ok_or(BuildError::NoTargetDirectory)
 }
@@ -59,13 +61,28 @@ pub(crate) fn target_directory() -> Result<PathBuf, BuildError> {
 /// Builds the server, the client and the microVM in release, and the guest.
 pub(crate) fn build() -> Result<Built, BuildError> {
     let mut build = cargo();
-    build.args(["build", "--release", "--package=stencil", "--package=stencil-microvm"]);
+    build.args([
+        "build",
+        "--release",
+        "--package=stencil",
+        "--package=stencil-microvm",
+    ]);
     cargo_run("cargo build", &mut build)?;
     let guest = guest::build().map_err(|error| BuildError::Guest(error.into()))?;
-    Ok(Built { stencil: target_directory()?.join("release/stencil"), guest })
+    Ok(Built {
+        stencil: target_directory()?.join("release/stencil"),
+        guest,
+    })
 }
 
 fn cargo_run(what: &'static str, cargo: &mut Command) -> Result<String, BuildError> {
     let finished = command::run(cargo, BUILD_LIMIT, Output::Kept)?;
-    if finished.succeeded() { Ok(finished.output) } else { Err(BuildError::Cargo { what, output: finished.output }) }
+    if finished.succeeded() {
+        Ok(finished.output)
+    } else {
+        Err(BuildError::Cargo {
+            what,
+            output: finished.output,
+        })
+    }
 }

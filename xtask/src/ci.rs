@@ -72,8 +72,10 @@ pub(crate) fn run() -> Result<bool, TaskError> {
 
 fn steps() -> Result<Vec<Step>, TaskError> {
     // Where this program is now: building the tests puts another file into its place.
-    let xtask = std::env::current_exe()
-        .map_err(|source| CommandError::Run { program: "xtask".to_owned(), source })?;
+    let xtask = std::env::current_exe().map_err(|source| CommandError::Run {
+        program: "xtask".to_owned(),
+        source,
+    })?;
     let cargo = |arguments: &str| {
         let mut cargo = build::cargo();
         cargo.args(arguments.split(' '));
@@ -88,35 +90,69 @@ fn steps() -> Result<Vec<Step>, TaskError> {
     docs.env("RUSTDOCFLAGS", "-D warnings");
     let mut e2e = Command::new(xtask);
     e2e.arg("e2e");
-    let has_nextest =
-        command::run(&mut cargo("nextest --version"), SHORT, Output::Kept).is_ok_and(|finished| finished.succeeded());
+    let has_nextest = command::run(&mut cargo("nextest --version"), SHORT, Output::Kept)
+        .is_ok_and(|finished| finished.succeeded());
     let (tests, counted) = if has_nextest {
-        (cargo("nextest run --workspace --locked --no-fail-fast"), Counted::ByNextest)
+        (
+            cargo("nextest run --workspace --locked --no-fail-fast"),
+            Counted::ByNextest,
+        )
     } else {
-        (cargo("test --workspace --locked --all-targets --no-fail-fast"), Counted::ByHarness)
+        (
+            cargo("test --workspace --locked --all-targets --no-fail-fast"),
+            Counted::ByHarness,
+        )
     };
-    let one = |name, command, limit| Step { name, command, limit, counted: Counted::AsOne };
+    let one = |name, command, limit| Step {
+        name,
+        command,
+        limit,
+        counted: Counted::AsOne,
+    };
     Ok(vec![
         one("format", cargo("fmt --all --check"), SHORT),
         one("format of the guest", guest("fmt --check"), SHORT),
-        one("clippy", cargo("clippy --workspace --all-targets --locked -- -D warnings"), LONG),
-        one("clippy of the guest", guest("clippy --locked --target-dir ../../target/guest --target x86_64-unknown-linux-gnu -- -D warnings"), LONG),
+        one(
+            "clippy",
+            cargo("clippy --workspace --all-targets --locked -- -D warnings"),
+            LONG,
+        ),
+        one(
+            "clippy of the guest",
+            guest(
+                "clippy --locked --target-dir ../../target/guest --target x86_64-unknown-linux-gnu -- -D warnings",
+            ),
+            LONG,
+        ),
         one("documentation", docs, LONG),
-        Step { name: "unit tests", command: tests, limit: LONG, counted },
+        Step {
+            name: "unit tests",
+            command: tests,
+            limit: LONG,
+            counted,
+        },
         Step {
             name: "documentation tests",
             command: cargo("test --workspace --locked --doc --no-fail-fast"),
             limit: LONG,
             counted: Counted::ByHarness,
         },
-        Step { name: "end-to-end scenarios", command: e2e, limit: LONG, counted: Counted::ByLastLine },
+        Step {
+            name: "end-to-end scenarios",
+            command: e2e,
+            limit: LONG,
+            counted: Counted::ByLastLine,
+        },
     ])
 }
 
 /// What a step counts for. One that did not succeed counts as a failure, whatever it printed.
 fn tally(counted: Counted, finished: &Finished) -> Tally {
     let mut tally = match counted {
-        Counted::AsOne => Tally { passed: finished.succeeded().into(), failed: 0 },
+        Counted::AsOne => Tally {
+            passed: finished.succeeded().into(),
+            failed: 0,
+        },
         Counted::ByHarness => by_harness(&finished.output),
         Counted::ByNextest => by_nextest(&finished.output),
         Counted::ByLastLine => finished.output.lines().last().map(counts).unwrap_or_default(),
@@ -129,20 +165,31 @@ fn tally(counted: Counted, finished: &Finished) -> Tally {
 
 /// `test result: ok. 3 passed; 0 failed; 1 ignored; ...`, a line for each binary.
 fn by_harness(output: &str) -> Tally {
-    let results = output.lines().filter(|line| line.starts_with("test result:")).map(counts);
-    results.fold(Tally::default(), |sum, line| Tally { passed: sum.passed + line.passed, failed: sum.failed + line.failed })
+    let results = output
+        .lines()
+        .filter(|line| line.starts_with("test result:"))
+        .map(counts);
+    results.fold(Tally::default(), |sum, line| Tally {
+        passed: sum.passed + line.passed,
+        failed: sum.failed + line.failed,
+    })
 }
 
 /// `Summary [   0.1s] 4 tests run: 2 passed (1 slow), 1 failed, 1 timed out, 0 skipped`.
 fn by_nextest(output: &str) -> Tally {
-    let summary = output.lines().rfind(|line| line.trim_start().starts_with("Summary ["));
+    let summary = output
+        .lines()
+        .rfind(|line| line.trim_start().starts_with("Summary ["));
     let run = summary.and_then(|line| Some(line.split_once("run:")?.1));
     run.map(counts).unwrap_or_default()
 }
 
 /// The numbers before `passed`, and before words for failures.
 fn counts(line: &str) -> Tally {
-    let words: Vec<&str> = line.split(|character: char| !character.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    let words: Vec<&str> = line
+        .split(|character: char| !character.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .collect();
     words.windows(2).fold(Tally::default(), |mut tally, pair| {
         let number = pair[0].parse().unwrap_or(0);
         match pair[1] {
@@ -173,6 +220,12 @@ mod tests {
 
     #[test]
     fn scenarios_are_counted_by_the_last_line() {
-        assert_eq!(counts("12 passed, 1 failed, 1 skipped"), Tally { passed: 12, failed: 1 });
+        assert_eq!(
+            counts("12 passed, 1 failed, 1 skipped"),
+            Tally {
+                passed: 12,
+                failed: 1
+            }
+        );
     }
 }

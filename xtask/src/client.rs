@@ -17,8 +17,12 @@ use tokio::time::{timeout, timeout_at};
 /// The longest a call takes before it counts as hung; many forks on a busy small host take long.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
 
-static RUNTIME: LazyLock<std::io::Result<Runtime>> =
-    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build());
+static RUNTIME: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+});
 
 /// A call got no answer.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +88,9 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self {
+            socket: socket.into(),
+        }
     }
 
     pub(crate) fn get(&self, path: &str) -> Result<Reply, ClientError> {
@@ -93,7 +99,15 @@ impl Client {
 
     /// `Null` is no body.
     pub(crate) fn post(&self, path: &str, body: Value) -> Result<Reply, ClientError> {
-        self.call(Method::POST, path, if body.is_null() { Body::Nothing } else { Body::Json(body) })
+        self.call(
+            Method::POST,
+            path,
+            if body.is_null() {
+                Body::Nothing
+            } else {
+                Body::Json(body)
+            },
+        )
     }
 
     pub(crate) fn delete(&self, path: &str) -> Result<Reply, ClientError> {
@@ -106,14 +120,25 @@ impl Client {
         let reply = async {
             let response = send(&self.socket, method, path, body, &call).await?;
             let status = response.status().as_u16();
-            let broken = |source| ClientError::Broken { call: call.clone(), source };
+            let broken = |source| ClientError::Broken {
+                call: call.clone(),
+                source,
+            };
             let body = response.into_body().collect().await.map_err(broken)?.to_bytes();
             let no_json = |_| ClientError::NoJson {
                 call: call.clone(),
                 body: String::from_utf8_lossy(&body).into_owned(),
             };
-            let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).map_err(no_json)? };
-            Ok(Reply { call: call.clone(), status, body })
+            let body = if body.is_empty() {
+                Value::Null
+            } else {
+                serde_json::from_slice(&body).map_err(no_json)?
+            };
+            Ok(Reply {
+                call: call.clone(),
+                status,
+                body,
+            })
         };
         runtime()?
             .block_on(async { timeout(CALL_LIMIT, reply).await })
@@ -125,11 +150,20 @@ impl Client {
         let call = format!("GET {path}");
         let response = runtime()?
             .block_on(async {
-                timeout(CALL_LIMIT, send(&self.socket, Method::GET, path, Body::Nothing, &call)).await
+                timeout(
+                    CALL_LIMIT,
+                    send(&self.socket, Method::GET, path, Body::Nothing, &call),
+                )
+                .await
             })
             .unwrap_or_else(|_| Err(ClientError::Silent { call: call.clone() }))?;
         let status = response.status().as_u16();
-        Ok(Lines { call, status, body: response.into_body(), pending: Vec::new() })
+        Ok(Lines {
+            call,
+            status,
+            body: response.into_body(),
+            pending: Vec::new(),
+        })
     }
 }
 
@@ -165,7 +199,12 @@ impl Lines {
             match frame {
                 Err(_) => return Ok(Next::Late),
                 Ok(None) => return Ok(Next::Over),
-                Ok(Some(Err(source))) => return Err(ClientError::Broken { call: self.call.clone(), source }),
+                Ok(Some(Err(source))) => {
+                    return Err(ClientError::Broken {
+                        call: self.call.clone(),
+                        source,
+                    });
+                }
                 Ok(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         self.pending.extend_from_slice(data);
@@ -193,19 +232,32 @@ async fn send(
         Body::Text(text) => (Some("application/json"), text.into_bytes()),
         Body::Bytes(bytes) => (Some("application/octet-stream"), bytes),
     };
-    let mut request = Request::builder().method(method).uri(path).header("host", "stencil");
+    let mut request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "stencil");
     if let Some(kind) = kind {
         request = request.header("content-type", kind);
     }
     let request = request
         .body(Full::new(Bytes::from(body)))
-        .map_err(|source| ClientError::Request { what: call.to_owned(), source })?;
+        .map_err(|source| ClientError::Request {
+            what: call.to_owned(),
+            source,
+        })?;
     let stream = UnixStream::connect(socket)
         .await
-        .map_err(|source| ClientError::Connect { path: socket.to_owned(), source })?;
-    let broken = |source| ClientError::Broken { call: call.to_owned(), source };
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        .map_err(|source| ClientError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+    let broken = |source| ClientError::Broken {
+        call: call.to_owned(),
+        source,
+    };
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(broken)?;
     // It ends with the answer; an error of it shows there.
     tokio::spawn(connection);
     sender.send_request(request).await.map_err(broken)

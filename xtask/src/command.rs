@@ -51,7 +51,10 @@ pub(crate) enum Output {
 /// Runs the program until it ends or `limit` has passed; then it and what it started are ended.
 pub(crate) fn run(command: &mut Command, limit: Duration, output: Output) -> Result<Finished, CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let failed = |source| CommandError::Run { program: program.clone(), source };
+    let failed = |source| CommandError::Run {
+        program: program.clone(),
+        source,
+    };
     let began = Instant::now();
     // A group of its own: at the end of its time, all of it goes.
     let mut child = command
@@ -63,8 +66,14 @@ pub(crate) fn run(command: &mut Command, limit: Duration, output: Output) -> Res
         .map_err(failed)?;
     let (lines, received) = channel();
     let readers = [
-        child.stdout.take().map(|stream| read_lines(stream, lines.clone(), output)),
-        child.stderr.take().map(|stream| read_lines(stream, lines, output)),
+        child
+            .stdout
+            .take()
+            .map(|stream| read_lines(stream, lines.clone(), output)),
+        child
+            .stderr
+            .take()
+            .map(|stream| read_lines(stream, lines, output)),
     ];
     let group = Pid::from_child(&child);
     let _undone = UndoneOnInterrupt::by(move || {
@@ -86,7 +95,11 @@ pub(crate) fn run(command: &mut Command, limit: Duration, output: Output) -> Res
         // A reader only ends early by a panic of printing, when nobody reads our own output.
         let _ = reader.join();
     }
-    Ok(Finished { status: in_time.then_some(status), output: received.try_iter().collect(), took: began.elapsed() })
+    Ok(Finished {
+        status: in_time.then_some(status),
+        output: received.try_iter().collect(),
+        took: began.elapsed(),
+    })
 }
 
 fn read_lines(

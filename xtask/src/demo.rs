@@ -45,7 +45,11 @@ pub(crate) enum DemoError {
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error("{call} was answered with {status}: {message}")]
-    Refused { call: String, status: u16, message: String },
+    Refused {
+        call: String,
+        status: u16,
+        message: String,
+    },
     #[error("{WARM} was not ready in {} s", READY_LIMIT.as_secs())]
     NotReady,
     #[error("could not watch the data directory")]
@@ -73,14 +77,23 @@ struct Template {
 /// The `demo` task; whether all checks hold.
 pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
     let host = setup::prepare()?;
-    println!("Stencil on {}, {} cores, {}, Linux {}", host.cpu, host.cores, report::bytes(host.memory_bytes), host.kernel);
+    println!(
+        "Stencil on {}, {} cores, {}, Linux {}",
+        host.cpu,
+        host.cores,
+        report::bytes(host.memory_bytes),
+        host.kernel
+    );
     println!("KVM: {}\n", host.kvm);
     let built = step("built in release, with the test guest", build::build)?;
     let facts = show(options, &built)?;
     let ok = facts.checks.iter().all(|check| check.ok);
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", facts.json(&host));
-        std::fs::write(path, json).map_err(|source| TaskError::Write { path: path.clone(), source })?;
+        std::fs::write(path, json).map_err(|source| TaskError::Write {
+            path: path.clone(),
+            source,
+        })?;
     }
     let failed = facts.checks.iter().filter(|check| !check.ok).count();
     match failed {
@@ -98,7 +111,9 @@ struct Facts {
 }
 
 fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
-    let server = step("server started on a data directory of its own", || Server::start(&built.stencil))?;
+    let server = step("server started on a data directory of its own", || {
+        Server::start(&built.stencil)
+    })?;
     let client = server.client();
     let template = make_template(&client, options, built)?;
     let batch = forks::fork(&server, options.forks)?;
@@ -109,46 +124,97 @@ fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
         println!("{} {name}", report::mark(ok));
         checks.push(Check { name, ok });
     };
-    check("as many forks run as were asked for", batch.forks.len() == options.forks as usize);
-    check("every fork goes on from the template's counter", batch.forks.iter().all(|fork| fork.counter == template.counter + 1));
-    check("the generations of the template and its forks all differ", proof::generations_differ(&client, &template, &batch)?);
-    check("every fork has the template's memory", proof::have_memory_of(&client, &template, &batch)?);
-    check("no fork sees what another one writes", proof::are_isolated(&client, &batch)?);
-    check("deleting the template is refused with 409, its forks named", proof::delete_is_refused(&client, &batch)?);
+    check(
+        "as many forks run as were asked for",
+        batch.forks.len() == options.forks as usize,
+    );
+    check(
+        "every fork goes on from the template's counter",
+        batch
+            .forks
+            .iter()
+            .all(|fork| fork.counter == template.counter + 1),
+    );
+    check(
+        "the generations of the template and its forks all differ",
+        proof::generations_differ(&client, &template, &batch)?,
+    );
+    check(
+        "every fork has the template's memory",
+        proof::have_memory_of(&client, &template, &batch)?,
+    );
+    check(
+        "no fork sees what another one writes",
+        proof::are_isolated(&client, &batch)?,
+    );
+    check(
+        "deleting the template is refused with 409, its forks named",
+        proof::delete_is_refused(&client, &batch)?,
+    );
     clean_up(&client, &batch)?;
     let left = server.left_behind();
     for what in &left {
         println!("  left: {what}");
     }
-    check("no process and no directory of an instance is left", left.is_empty());
+    check(
+        "no process and no directory of an instance is left",
+        left.is_empty(),
+    );
     let ended = server.finish();
     if let Err(error) = &ended {
         println!("  {}", report::chain(error));
     }
     check("the server ends and leaves nothing", ended.is_ok());
-    Ok(Facts { template, batch, checks })
+    Ok(Facts {
+        template,
+        batch,
+        checks,
+    })
 }
 
 fn make_template(client: &Client, options: &Options, built: &build::Built) -> Result<Template, DemoError> {
-    step(&format!("created and booted `{WARM}` ({}), its guest is ready", options.memory), || {
-        let create = json!({
-            "name": WARM, "kernel": built.guest, "memory": options.memory, "readiness": {"console": "ready epoch="},
-        });
-        expect(201, client.post("/instances", create)?)?;
-        let wait = format!("/instances/{WARM}/wait?state=Running&timeout={}s", READY_LIMIT.as_secs());
-        let waited = expect(200, client.get(&wait)?)?;
-        if waited["reached"] == true { Ok(()) } else { Err(DemoError::NotReady) }
-    })?;
-    let hash = step(&format!("the guest has counted to {COUNTED} and filled 8 MiB of its memory"), || {
-        for _ in 0..COUNTED {
-            guest_console::ask_for(client, WARM, "counter", "counter")?;
-        }
-        guest_console::ask_for(client, WARM, &format!("write 0 {PAGES} 42"), "written")?;
-        guest_console::ask_for(client, WARM, &format!("hash 0 {PAGES}"), "hash")
-    })?;
-    step("put on standby: its memory is on disk, its process is gone", || act(client, "standby"))?;
+    step(
+        &format!(
+            "created and booted `{WARM}` ({}), its guest is ready",
+            options.memory
+        ),
+        || {
+            let create = json!({
+                "name": WARM, "kernel": built.guest, "memory": options.memory, "readiness": {"console": "ready epoch="},
+            });
+            expect(201, client.post("/instances", create)?)?;
+            let wait = format!(
+                "/instances/{WARM}/wait?state=Running&timeout={}s",
+                READY_LIMIT.as_secs()
+            );
+            let waited = expect(200, client.get(&wait)?)?;
+            if waited["reached"] == true {
+                Ok(())
+            } else {
+                Err(DemoError::NotReady)
+            }
+        },
+    )?;
+    let hash = step(
+        &format!("the guest has counted to {COUNTED} and filled 8 MiB of its memory"),
+        || {
+            for _ in 0..COUNTED {
+                guest_console::ask_for(client, WARM, "counter", "counter")?;
+            }
+            guest_console::ask_for(client, WARM, &format!("write 0 {PAGES} 42"), "written")?;
+            guest_console::ask_for(client, WARM, &format!("hash 0 {PAGES}"), "hash")
+        },
+    )?;
+    step(
+        "put on standby: its memory is on disk, its process is gone",
+        || act(client, "standby"),
+    )?;
     let instance = step("promoted: it is a template", || act(client, "promote-template"))?;
-    Ok(Template { instance, counter: COUNTED, hash })
+    Ok(Template {
+        instance,
+        counter: COUNTED,
+        hash,
+    })
 }
 
 /// Deletes the forks, demotes the template and deletes it.
@@ -164,21 +230,33 @@ fn clean_up(client: &Client, batch: &forks::Batch) -> Result<(), DemoError> {
 }
 
 fn act(client: &Client, operation: &str) -> Result<Value, DemoError> {
-    expect(200, client.post(&format!("/instances/{WARM}/{operation}"), Value::Null)?)
+    expect(
+        200,
+        client.post(&format!("/instances/{WARM}/{operation}"), Value::Null)?,
+    )
 }
 
 fn expect(status: u16, reply: Reply) -> Result<Value, DemoError> {
     if reply.status == status {
         return Ok(reply.body);
     }
-    let message = reply.body["message"].as_str().map_or_else(|| reply.body.to_string(), str::to_owned);
-    Err(DemoError::Refused { call: reply.call, status: reply.status, message })
+    let message = reply.body["message"]
+        .as_str()
+        .map_or_else(|| reply.body.to_string(), str::to_owned);
+    Err(DemoError::Refused {
+        call: reply.call,
+        status: reply.status,
+        message,
+    })
 }
 
 impl Facts {
     fn json(&self, host: &Host) -> Value {
-        let checks: Vec<Value> =
-            self.checks.iter().map(|check| json!({"name": check.name, "ok": check.ok})).collect();
+        let checks: Vec<Value> = self
+            .checks
+            .iter()
+            .map(|check| json!({"name": check.name, "ok": check.ok}))
+            .collect();
         let mut template = self.template.instance.clone();
         template["counter"] = json!(self.template.counter);
         template["memory_hash"] = json!(self.template.hash);

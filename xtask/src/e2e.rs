@@ -60,15 +60,26 @@ struct Tried {
 /// The `e2e` task; whether no scenario failed.
 pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
     let host = setup::prepare()?;
-    println!("on {}, {} cores, Linux {}, KVM: {}", host.cpu, host.cores, host.kernel, host.kvm);
+    println!(
+        "on {}, {} cores, Linux {}, KVM: {}",
+        host.cpu, host.cores, host.kernel, host.kvm
+    );
     let built = build::build()?;
     let wanted = scenarios().into_iter().filter(|(name, _)| {
-        options.filter.as_deref().is_none_or(|text| name.to_lowercase().contains(&text.to_lowercase()))
+        options
+            .filter
+            .as_deref()
+            .is_none_or(|text| name.to_lowercase().contains(&text.to_lowercase()))
     });
-    let results: Vec<Tried> = wanted.map(|scenario| try_one(scenario, &built, &options.hypervisor)).collect();
+    let results: Vec<Tried> = wanted
+        .map(|scenario| try_one(scenario, &built, &options.hypervisor))
+        .collect();
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", json(&host, &results));
-        std::fs::write(path, json).map_err(|source| TaskError::Write { path: path.clone(), source })?;
+        std::fs::write(path, json).map_err(|source| TaskError::Write {
+            path: path.clone(),
+            source,
+        })?;
     }
     let count = |fits: fn(&Outcome) -> bool| results.iter().filter(|result| fits(&result.outcome)).count();
     let passed = count(|outcome| matches!(outcome, Outcome::Passed));
@@ -104,8 +115,11 @@ fn try_one((name, act): Scenario, built: &build::Built, hypervisor: &str) -> Tri
     let began = Instant::now();
     let outcome = match World::new(built, hypervisor) {
         Err(failure) => Outcome::Failed(report::chain(&failure)),
-        Ok(mut world) => match act(&mut world) {
-            Ok(()) => world.close().map_or_else(|failure| Outcome::Failed(report::chain(&failure)), |()| Outcome::Passed),
+        Ok(mut world) => match act(&mut world).and_then(|()| world.clear()) {
+            Ok(()) => match world.finish() {
+                Ok(()) => Outcome::Passed,
+                Err(failure) => Outcome::Failed(report::chain(&failure)),
+            },
             Err(Failure::Skipped(reason)) => Outcome::Skipped(reason),
             Err(failure) => Outcome::Failed(format!("{}\n{}", report::chain(&failure), world.last_words())),
         },

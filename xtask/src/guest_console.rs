@@ -16,13 +16,22 @@ pub(crate) enum GuestError {
     #[error("could not reach the guest")]
     Client(#[from] ClientError),
     #[error("the console of {instance} answered {call} with {status}: {body}")]
-    Refused { instance: String, call: &'static str, status: u16, body: String },
+    Refused {
+        instance: String,
+        call: &'static str,
+        status: u16,
+        body: String,
+    },
     #[error("guest {instance} did not answer `{command}` in {} s", ANSWER_LIMIT.as_secs())]
     Silent { instance: String, command: String },
     #[error("the console of {instance} ended before `{command}` was answered")]
     Ended { instance: String, command: String },
     #[error("guest {instance} answered `{command}` with `{answer}`")]
-    Answer { instance: String, command: String, answer: String },
+    Answer {
+        instance: String,
+        command: String,
+        answer: String,
+    },
 }
 
 /// A guest's console, followed from now on.
@@ -45,13 +54,19 @@ impl GuestConsole {
                 body: String::new(),
             });
         }
-        Ok(Self { client: client.clone(), instance: instance.to_owned(), lines })
+        Ok(Self {
+            client: client.clone(),
+            instance: instance.to_owned(),
+            lines,
+        })
     }
 
     /// Gives the guest bytes to read.
     pub(crate) fn write(&self, bytes: &[u8]) -> Result<(), GuestError> {
         let path = format!("/instances/{}/console", self.instance);
-        let reply = self.client.call(Method::POST, &path, Body::Bytes(bytes.to_vec()))?;
+        let reply = self
+            .client
+            .call(Method::POST, &path, Body::Bytes(bytes.to_vec()))?;
         if reply.status == 204 {
             return Ok(());
         }
@@ -70,7 +85,11 @@ impl GuestConsole {
     }
 
     /// Waits for a line; `awaited` says which one, for the error.
-    pub(crate) fn line_that(&mut self, awaited: &str, fits: impl Fn(&str) -> bool) -> Result<String, GuestError> {
+    pub(crate) fn line_that(
+        &mut self,
+        awaited: &str,
+        fits: impl Fn(&str) -> bool,
+    ) -> Result<String, GuestError> {
         let deadline = Instant::now() + ANSWER_LIMIT;
         let (instance, command) = (self.instance.clone(), awaited.to_owned());
         loop {
@@ -90,11 +109,20 @@ pub(crate) fn ask(client: &Client, instance: &str, command: &str) -> Result<Stri
 }
 
 /// Gives a guest one command and waits for the value of `field` in its answer: of `ok counter=3`, `counter` is `3`.
-pub(crate) fn ask_for(client: &Client, instance: &str, command: &str, field: &str) -> Result<String, GuestError> {
+pub(crate) fn ask_for(
+    client: &Client,
+    instance: &str,
+    command: &str,
+    field: &str,
+) -> Result<String, GuestError> {
     let answer = ask(client, instance, command)?;
     match value_of(&answer, field) {
         Some(value) => Ok(value.to_owned()),
-        None => Err(GuestError::Answer { instance: instance.to_owned(), command: command.to_owned(), answer }),
+        None => Err(GuestError::Answer {
+            instance: instance.to_owned(),
+            command: command.to_owned(),
+            answer,
+        }),
     }
 }
 

@@ -23,11 +23,15 @@ pub(crate) enum HostError {
         "this host has no {KVM}: its kernel has no KVM, or it is a VM or container that was not given it; Stencil needs a Linux host with KVM (on a cloud VM, one with nested virtualisation)"
     )]
     NoKvm,
-    #[error("{KVM} may not be opened by this user; become root, or join its group: sudo usermod -aG kvm $USER, then log in again")]
+    #[error(
+        "{KVM} may not be opened by this user; become root, or join its group: sudo usermod -aG kvm $USER, then log in again"
+    )]
     Forbidden,
     #[error("{KVM} is there and cannot be opened")]
     Unusable(#[source] std::io::Error),
-    #[error("{KVM} is there and cannot make a VM: {what} failed; another hypervisor may be using the processor, or the device is not KVM's")]
+    #[error(
+        "{KVM} is there and cannot make a VM: {what} failed; another hypervisor may be using the processor, or the device is not KVM's"
+    )]
     Broken {
         what: &'static str,
         #[source]
@@ -94,7 +98,12 @@ fn has_module(name: &str) -> bool {
 }
 
 fn kvm_kind(nested: bool) -> &'static str {
-    match (has_module("kvm_pvm"), has_module("kvm_intel"), has_module("kvm_amd"), nested) {
+    match (
+        has_module("kvm_pvm"),
+        has_module("kvm_intel"),
+        has_module("kvm_amd"),
+        nested,
+    ) {
         (true, ..) => "kvm-pvm (guests' ring 0 is emulated)",
         (_, true, _, false) => "VT-x",
         (_, true, _, true) => "VT-x, nested",
@@ -105,18 +114,26 @@ fn kvm_kind(nested: bool) -> &'static str {
 }
 
 fn try_kvm() -> Result<(), HostError> {
-    let kvm = OpenOptions::new().read(true).write(true).open(KVM).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => HostError::NoKvm,
-        ErrorKind::PermissionDenied => HostError::Forbidden,
-        _ => HostError::Unusable(error),
+    let kvm = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(KVM)
+        .map_err(|error| match error.kind() {
+            ErrorKind::NotFound => HostError::NoKvm,
+            ErrorKind::PermissionDenied => HostError::Forbidden,
+            _ => HostError::Unusable(error),
+        })?;
+    let version = kvm_call::<KVM_GET_API_VERSION>(&kvm).map_err(|source| HostError::Broken {
+        what: "KVM_GET_API_VERSION",
+        source,
     })?;
-    let version = kvm_call::<KVM_GET_API_VERSION>(&kvm)
-        .map_err(|source| HostError::Broken { what: "KVM_GET_API_VERSION", source })?;
     if version != API_VERSION {
         return Err(HostError::Version(version));
     }
-    let vm =
-        kvm_call::<KVM_CREATE_VM>(&kvm).map_err(|source| HostError::Broken { what: "KVM_CREATE_VM", source })?;
+    let vm = kvm_call::<KVM_CREATE_VM>(&kvm).map_err(|source| HostError::Broken {
+        what: "KVM_CREATE_VM",
+        source,
+    })?;
     // SAFETY: KVM_CREATE_VM succeeded, so its value is a new file descriptor that nobody else owns.
     drop(unsafe { OwnedFd::from_raw_fd(vm) });
     Ok(())

@@ -39,7 +39,9 @@ fn undos() -> MutexGuard<'static, BTreeMap<u64, Undo>> {
 
 /// Begins to listen for interrupts, on a thread of its own.
 pub(crate) fn listen() -> std::io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let (mut interrupts, mut terminations) = {
         let _context = runtime.enter();
         (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
@@ -62,7 +64,10 @@ pub(crate) fn listen() -> std::io::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::exit, reason = "an interrupt ends the program whatever the main thread is waiting for")]
+#[expect(
+    clippy::exit,
+    reason = "an interrupt ends the program whatever the main thread is waiting for"
+)]
 fn leave() -> ! {
     std::process::exit(INTERRUPTED)
 }

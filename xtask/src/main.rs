@@ -55,8 +55,6 @@ enum Task {
 #[derive(Debug, thiserror::Error)]
 enum TaskError {
     #[error(transparent)]
-    Host(#[from] host::HostError),
-    #[error(transparent)]
     Setup(#[from] setup::SetupError),
     #[error(transparent)]
     Build(#[from] build::BuildError),
@@ -84,7 +82,7 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("{}", report::chain(&error));
             match error {
-                TaskError::Host(_) => ExitCode::from(CANNOT_RUN),
+                TaskError::Setup(setup::SetupError::Host(_)) => ExitCode::from(CANNOT_RUN),
                 _ => ExitCode::FAILURE,
             }
         }

@@ -22,7 +22,9 @@ pub(crate) struct Found {
 
 /// The processes whose working directory is `directory` or below it: each VMM works in its instance's directory.
 pub(crate) fn working_below(directory: &Path) -> Vec<Found> {
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     processes
         .flatten()
         .filter_map(|entry| {
@@ -33,7 +35,10 @@ pub(crate) fn working_below(directory: &Path) -> Vec<Found> {
                 return None;
             }
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let command = String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned();
+            let command = String::from_utf8_lossy(&command)
+                .replace('\0', " ")
+                .trim()
+                .to_owned();
             Some(Found { pid, command })
         })
         .collect()

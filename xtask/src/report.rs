@@ -40,7 +40,11 @@ pub(crate) fn bar(what: &str, length: u64) -> ProgressBar {
 }
 
 fn live_target() -> ProgressDrawTarget {
-    if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
+    if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    }
 }
 
 /// A mark for what holds or does not; in colour on a terminal.

@@ -69,7 +69,11 @@ impl Server {
         let root = tempfile::Builder::new()
             .prefix("stencil-")
             .tempdir_in(&parent)
-            .map_err(|source| ServerError::Io { what: "make a directory in", path: parent, source })?;
+            .map_err(|source| ServerError::Io {
+                what: "make a directory in",
+                path: parent,
+                source,
+            })?;
         let path = root.path().to_owned();
         let undone = UndoneOnInterrupt::by(move || {
             // The server first, or it would take notice of its VMMs' ends.
@@ -77,7 +81,13 @@ impl Server {
             let _ = std::fs::remove_dir_all(&path);
         });
         let log = Arc::new(Mutex::new(String::new()));
-        let mut server = Self { stencil: stencil.to_owned(), root, log, child: None, _undone: undone };
+        let mut server = Self {
+            stencil: stencil.to_owned(),
+            root,
+            log,
+            child: None,
+            _undone: undone,
+        };
         server.start_again()?;
         Ok(server)
     }
@@ -90,7 +100,11 @@ impl Server {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|source| ServerError::Io { what: "run", path: self.stencil.clone(), source })?;
+            .map_err(|source| ServerError::Io {
+                what: "run",
+                path: self.stencil.clone(),
+                source,
+            })?;
         let lines = self.keep_log(&mut child);
         self.child = Some(child);
         self.wait_until_it_answers(&lines)
@@ -118,15 +132,27 @@ impl Server {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(()) if self.client().get("/health").is_ok_and(|reply| reply.status == 200) => return Ok(()),
+                Ok(())
+                    if self
+                        .client()
+                        .get("/health")
+                        .is_ok_and(|reply| reply.status == 200) =>
+                {
+                    return Ok(());
+                }
                 Ok(()) => {}
                 Err(RecvTimeoutError::Timeout) => return Err(ServerError::Silent { log: self.log_tail() }),
                 Err(RecvTimeoutError::Disconnected) => {
                     let mut child = self.child.take().ok_or(ServerError::NotRunning)?;
-                    let status = child
-                        .wait()
-                        .map_err(|source| ServerError::Io { what: "wait for", path: self.stencil.clone(), source })?;
-                    return Err(ServerError::Ended { status, log: self.log_tail() });
+                    let status = child.wait().map_err(|source| ServerError::Io {
+                        what: "wait for",
+                        path: self.stencil.clone(),
+                        source,
+                    })?;
+                    return Err(ServerError::Ended {
+                        status,
+                        log: self.log_tail(),
+                    });
                 }
             }
         }
@@ -161,7 +187,11 @@ impl Server {
     /// Kills the server with SIGKILL; its VMs know nothing of it.
     pub(crate) fn kill9(&mut self) -> Result<(), ServerError> {
         let mut child = self.child.take().ok_or(ServerError::NotRunning)?;
-        let failed = |source| ServerError::Io { what: "kill", path: self.stencil.clone(), source };
+        let failed = |source| ServerError::Io {
+            what: "kill",
+            path: self.stencil.clone(),
+            source,
+        };
         child.kill().map_err(failed)?;
         child.wait().map(drop).map_err(failed)
     }
@@ -170,16 +200,29 @@ impl Server {
     pub(crate) fn terminate(&mut self) -> Result<(), ServerError> {
         let mut child = self.child.take().ok_or(ServerError::NotRunning)?;
         let pid = Pid::from_child(&child);
-        let failed = |what| move |source| ServerError::Process { what, pid: pid.as_raw_nonzero().get(), source };
+        let failed = |what| {
+            move |source| ServerError::Process {
+                what,
+                pid: pid.as_raw_nonzero().get(),
+                source,
+            }
+        };
         kill_process(pid, Signal::TERM).map_err(failed("signal"))?;
         if !processes::wait_for_end(pid, STOP_LIMIT).map_err(failed("wait for"))? {
             self.child = Some(child);
             self.kill9()?;
             return Err(ServerError::DoesNotEnd);
         }
-        let status =
-            child.wait().map_err(|source| ServerError::Io { what: "wait for", path: self.stencil.clone(), source })?;
-        if status.success() { Ok(()) } else { Err(ServerError::EndedBadly(status)) }
+        let status = child.wait().map_err(|source| ServerError::Io {
+            what: "wait for",
+            path: self.stencil.clone(),
+            source,
+        })?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(ServerError::EndedBadly(status))
+        }
     }
 
     /// Ends a server whose instances have been deleted; whatever is still there is a failure.
@@ -190,16 +233,27 @@ impl Server {
         if self.data().join("stencil.sock").exists() {
             left.push("its socket".to_owned());
         }
-        if left.is_empty() { Ok(()) } else { Err(ServerError::LeftBehind(left)) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(ServerError::LeftBehind(left))
+        }
     }
 
     /// What there is of instances: processes, directories.
     pub(crate) fn left_behind(&self) -> Vec<String> {
         let processes = processes::working_below(&self.data()).into_iter();
-        let processes = processes.map(|found| format!("process {} ({})", found.pid.as_raw_nonzero(), found.command));
+        let processes =
+            processes.map(|found| format!("process {} ({})", found.pid.as_raw_nonzero(), found.command));
         let directories = [self.instances(), self.data().join("templates")];
-        let entries = directories.iter().filter_map(|directory| std::fs::read_dir(directory).ok()).flatten().flatten();
-        processes.chain(entries.map(|entry| entry.path().display().to_string())).collect()
+        let entries = directories
+            .iter()
+            .filter_map(|directory| std::fs::read_dir(directory).ok())
+            .flatten()
+            .flatten();
+        processes
+            .chain(entries.map(|entry| entry.path().display().to_string()))
+            .collect()
     }
 }
 
@@ -216,17 +270,28 @@ impl Drop for Server {
 /// The command of a server on a data directory.
 pub(crate) fn serve(stencil: &Path, data: &Path) -> Command {
     let mut command = Command::new(stencil);
-    command.arg("serve").arg("--data").arg(data).stdin(Stdio::null()).env("RUST_LOG", "info");
+    command
+        .arg("serve")
+        .arg("--data")
+        .arg(data)
+        .stdin(Stdio::null())
+        .env("RUST_LOG", "info");
     command
 }
 
 fn end_all_below(root: &Path) {
     let mut found = processes::working_below(root);
     // A server works in the root itself, and its VMMs further below.
-    found.sort_by_key(|process| std::fs::read_link(format!("/proc/{}/cwd", process.pid.as_raw_nonzero())).ok());
+    found.sort_by_key(|process| {
+        std::fs::read_link(format!("/proc/{}/cwd", process.pid.as_raw_nonzero())).ok()
+    });
     for process in found {
         if let Err(error) = processes::kill(process.pid) {
-            eprintln!("process {} ({}) could not be killed: {error}", process.pid.as_raw_nonzero(), process.command);
+            eprintln!(
+                "process {} ({}) could not be killed: {error}",
+                process.pid.as_raw_nonzero(),
+                process.command
+            );
         }
     }
 }

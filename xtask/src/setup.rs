@@ -34,12 +34,18 @@ struct Need {
 
 /// rustc links with `cc`, against the C library's start files.
 const NEEDS: [Need; 2] = [
-    Need { what: "a linker (cc)", package: "gcc", is_there: || cc(&["--version"]).is_some() },
+    Need {
+        what: "a linker (cc)",
+        package: "gcc",
+        is_there: || cc(&["--version"]).is_some(),
+    },
     Need {
         what: "the C library's start files (crt1.o)",
         package: "libc6-dev",
         // cc answers with a path where it has the file, and else with the bare name.
-        is_there: || cc(&["-print-file-name=crt1.o"]).is_some_and(|path| Path::new(path.trim()).is_absolute()),
+        is_there: || {
+            cc(&["-print-file-name=crt1.o"]).is_some_and(|path| Path::new(path.trim()).is_absolute())
+        },
     },
 ];
 
@@ -49,7 +55,13 @@ const COMPONENTS: [(&str, &str); 2] = [("fmt", "rustfmt"), ("clippy", "clippy")]
 /// The `setup` task.
 pub(crate) fn run() -> Result<(), SetupError> {
     let host = prepare()?;
-    println!("{} {}, {} cores, {}", report::mark(true), host.cpu, host.cores, report::bytes(host.memory_bytes));
+    println!(
+        "{} {}, {} cores, {}",
+        report::mark(true),
+        host.cpu,
+        host.cores,
+        report::bytes(host.memory_bytes)
+    );
     println!("{} Linux {}, KVM: {}", report::mark(true), host.kernel, host.kvm);
     println!("{} the build has what it needs", report::mark(true));
     let missing: Vec<&str> = COMPONENTS
@@ -62,7 +74,10 @@ pub(crate) fn run() -> Result<(), SetupError> {
         return Ok(());
     }
     let components = missing.join(" ");
-    Err(SetupError::Missing { missing: components.clone(), line: format!("rustup component add {components}") })
+    Err(SetupError::Missing {
+        missing: components.clone(),
+        line: format!("rustup component add {components}"),
+    })
 }
 
 /// Checks that VMs can run and that the build has what it needs; as root, installs what it lacks.
@@ -82,14 +97,28 @@ fn install(missing: &[&Need]) -> Result<(), SetupError> {
     let line = format!("apt-get update && apt-get install --yes --no-install-recommends {packages}");
     let as_root = rustix::process::geteuid().is_root();
     if !as_root || !runs("apt-get", &["--version"]) {
-        let line = if as_root { line } else { format!("sudo sh -c '{line}'") };
-        return Err(SetupError::Missing { missing: format!("{whats}:"), line });
+        let line = if as_root {
+            line
+        } else {
+            format!("sudo sh -c '{line}'")
+        };
+        return Err(SetupError::Missing {
+            missing: format!("{whats}:"),
+            line,
+        });
     }
     report::step(&format!("installing {packages}"), || {
         let mut shell = Command::new("sh");
         shell.args(["-c", &line]).env("DEBIAN_FRONTEND", "noninteractive");
         let finished = command::run(&mut shell, APT_LIMIT, Output::Kept)?;
-        if finished.succeeded() { Ok(()) } else { Err(SetupError::Apt { packages: packages.clone(), output: finished.output }) }
+        if finished.succeeded() {
+            Ok(())
+        } else {
+            Err(SetupError::Apt {
+                packages: packages.clone(),
+                output: finished.output,
+            })
+        }
     })
 }
 
@@ -99,5 +128,6 @@ fn cc(arguments: &[&str]) -> Option<String> {
 }
 
 fn runs(program: &str, arguments: &[&str]) -> bool {
-    command::run(Command::new(program).args(arguments), LOOK_LIMIT, Output::Kept).is_ok_and(|finished| finished.succeeded())
+    command::run(Command::new(program).args(arguments), LOOK_LIMIT, Output::Kept)
+        .is_ok_and(|finished| finished.succeeded())
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use serde_json::{Value, json};
 
 use super::{DemoError, WARM, expect};
@@ -11,6 +11,12 @@ use crate::arrivals::{Arrival, Arrivals};
 use crate::client::{ClientError, Reply};
 use crate::server::Server;
 use crate::{guest_console, report};
+
+/// A rule above, below and under the header.
+const RULED: TableStyle = TableStyle::new()
+    .top_border(LineStyle::none().fill('─').junction('─'))
+    .header_separator(LineStyle::none().fill('─').junction('─'))
+    .bottom_border(LineStyle::none().fill('─').junction('─'));
 
 /// How often it is looked whether the reply has come while no fork is heard of.
 const TICK: Duration = Duration::from_millis(50);
@@ -64,13 +70,27 @@ pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
                 None => {}
             }
         }
-        let reply = request.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok::<(Instant, HashMap<String, Instant>, (Result<Reply, ClientError>, Duration)), DemoError>((asked, heard, reply))
+        let reply = request
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok::<
+            (
+                Instant,
+                HashMap<String, Instant>,
+                (Result<Reply, ClientError>, Duration),
+            ),
+            DemoError,
+        >((asked, heard, reply))
     })?;
     bar.finish_and_clear();
     let (answer, reply) = reply;
     let made = expect(201, answer?)?;
-    println!("{} {:<58} {:>8}", report::mark(true), format!("{count} forks asked for at once, by one request"), report::duration(reply));
+    println!(
+        "{} {:<58} {:>8}",
+        report::mark(true),
+        format!("{count} forks asked for at once, by one request"),
+        report::duration(reply)
+    );
     let mut forks = Vec::new();
     for entry in made["forks"].as_array().into_iter().flatten() {
         let text = |field: &str| entry["instance"][field].as_str().unwrap_or_default().to_owned();
@@ -99,25 +119,36 @@ pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
 impl Batch {
     pub(super) fn print(&self) {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-        table.set_header(["fork", "guest's first line", "reply", "private", "shared", "counter", "generation"]);
+        table.load_style(RULED);
+        table.set_header([
+            "fork",
+            "guest's first line",
+            "reply",
+            "private",
+            "shared",
+            "counter",
+            "generation",
+        ]);
         for column in table.column_iter_mut().skip(1).take(5) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         for fork in &self.forks {
             table.add_row([
                 fork.name.clone(),
-                fork.first_line.map_or_else(|| "not seen".to_owned(), report::duration),
+                fork.first_line
+                    .map_or_else(|| "not seen".to_owned(), report::duration),
                 report::duration(self.reply),
                 report::bytes(fork.private_bytes),
                 report::bytes(fork.shared_bytes),
                 fork.counter.to_string(),
                 // The whole of it is in the JSON; so much tells them apart.
-                fork.generation.chars().take(12).collect(),
+                fork.generation.chars().take(8).collect(),
             ]);
         }
         println!("\n{table}");
-        println!("first line: from the request until the guest, awake in its fork, had printed to its console.");
+        println!(
+            "first line: from the request until the guest, awake in its fork, had printed to its console."
+        );
         println!("reply: to the one request for all of them; it comes when every guest is ready.\n");
     }
 

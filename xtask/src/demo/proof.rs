@@ -8,8 +8,15 @@ use crate::client::Client;
 use crate::guest_console::ask_for;
 
 /// By what the server says and by what each guest reads in its own memory.
-pub(super) fn generations_differ(client: &Client, template: &Template, batch: &Batch) -> Result<bool, DemoError> {
-    let mut seen = HashSet::from([template.instance["generation"].as_str().unwrap_or_default().to_owned()]);
+pub(super) fn generations_differ(
+    client: &Client,
+    template: &Template,
+    batch: &Batch,
+) -> Result<bool, DemoError> {
+    let mut seen = HashSet::from([template.instance["generation"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()]);
     for fork in &batch.forks {
         let by_guest = ask_for(client, &fork.id, "generation", "generation")?;
         if by_guest != fork.generation || !seen.insert(by_guest) {
@@ -32,7 +39,12 @@ pub(super) fn have_memory_of(client: &Client, template: &Template, batch: &Batch
 pub(super) fn are_isolated(client: &Client, batch: &Batch) -> Result<bool, DemoError> {
     let mut written = Vec::new();
     for (number, fork) in batch.forks.iter().enumerate() {
-        ask_for(client, &fork.id, &format!("write 0 64 {}", 1000 + number), "written")?;
+        ask_for(
+            client,
+            &fork.id,
+            &format!("write 0 64 {}", 1000 + number),
+            "written",
+        )?;
         written.push(ask_for(client, &fork.id, "hash 0 64", "hash")?);
     }
     let distinct: HashSet<&String> = written.iter().collect();
@@ -47,10 +59,18 @@ pub(super) fn are_isolated(client: &Client, batch: &Batch) -> Result<bool, DemoE
 pub(super) fn delete_is_refused(client: &Client, batch: &Batch) -> Result<bool, DemoError> {
     let reply = client.delete(&format!("/instances/{WARM}"))?;
     if let Some(message) = reply.body["message"].as_str() {
-        println!("  DELETE /instances/{WARM} -> {} {}: {message}", reply.status, reply.code());
+        println!(
+            "  DELETE /instances/{WARM} -> {} {}: {message}",
+            reply.status,
+            reply.code()
+        );
     }
-    let named: HashSet<&str> =
-        reply.body["details"]["forks"].as_array().into_iter().flatten().filter_map(|fork| fork["id"].as_str()).collect();
+    let named: HashSet<&str> = reply.body["details"]["forks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|fork| fork["id"].as_str())
+        .collect();
     let expected: HashSet<&str> = batch.forks.iter().map(|fork| fork.id.as_str()).collect();
     Ok(reply.status == 409 && reply.code() == "template_in_use" && named == expected)
 }

@@ -15,14 +15,26 @@ use crate::command::{self, Output};
 use crate::{host, server};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("a kernel that is missing, not readable or no kernel is refused", kernels),
+    (
+        "a kernel that is missing, not readable or no kernel is refused",
+        kernels,
+    ),
     ("memory of 0, odd, or more than the host has is refused", memory),
     ("a name that is taken, too long or no name is refused", names),
-    ("10 MB of JSON, broken JSON and JSON of another form are refused", bodies),
+    (
+        "10 MB of JSON, broken JSON and JSON of another form are refused",
+        bodies,
+    ),
     ("a count of 0 or 100000 forks is refused", counts),
-    ("a data directory in use by another server is refused", data_directory_in_use),
+    (
+        "a data directory in use by another server is refused",
+        data_directory_in_use,
+    ),
     ("what the server does not have is told as JSON", no_such_path),
-    ("wrong numbers of vCPUs, hypervisors and readiness are refused", other_fields),
+    (
+        "wrong numbers of vCPUs, hypervisors and readiness are refused",
+        other_fields,
+    ),
 ];
 
 /// How long a server may take to find that it cannot start.
@@ -32,11 +44,18 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(30);
 fn refuses(world: &World, fields: Value) -> Result<String, Failure> {
     let told = fields.to_string();
     let reply = world.try_create(world.request_with("bad", fields))?;
-    let error = refused(400, "invalid_request", reply)
-        .map_err(|failure| match failure {
-            Failure::Unexpected { what, expected, found } => Failure::Unexpected { what: format!("{what} with {told:.200}"), expected, found },
-            other => other,
-        })?;
+    let error = refused(400, "invalid_request", reply).map_err(|failure| match failure {
+        Failure::Unexpected {
+            what,
+            expected,
+            found,
+        } => Failure::Unexpected {
+            what: format!("{what} with {told:.200}"),
+            expected,
+            found,
+        },
+        other => other,
+    })?;
     world.is_empty()?;
     Ok(error["message"].as_str().unwrap_or_default().to_owned())
 }
@@ -45,10 +64,17 @@ fn kernels(world: &mut World) -> Result<(), Failure> {
     let scratch = world.server.scratch().to_owned();
     let file = |name: &str, content: &[u8]| {
         let path = scratch.join(name);
-        fs::write(&path, content).map_err(Failure::file(&path)).map(|()| path)
+        fs::write(&path, content)
+            .map_err(Failure::file(&path))
+            .map(|()| path)
     };
     let message = refuses(world, json!({"kernel": "/nonexistent/kernel"}))?;
-    holds(message.contains("/nonexistent/kernel"), "the message", "the path that was given", &message)?;
+    holds(
+        message.contains("/nonexistent/kernel"),
+        "the message",
+        "the path that was given",
+        &message,
+    )?;
     refuses(world, json!({"kernel": scratch}))?;
     refuses(world, json!({"kernel": ""}))?;
     refuses(world, json!({"kernel": "relative/kernel"}))?;
@@ -59,7 +85,8 @@ fn kernels(world: &mut World) -> Result<(), Failure> {
     // Root reads every file.
     if !rustix::process::geteuid().is_root() {
         let unreadable = file("unreadable", b"\x7fELF")?;
-        fs::set_permissions(&unreadable, Permissions::from_mode(0o000)).map_err(Failure::file(&unreadable))?;
+        fs::set_permissions(&unreadable, Permissions::from_mode(0o000))
+            .map_err(Failure::file(&unreadable))?;
         refuses(world, json!({"kernel": unreadable}))?;
     }
     // The beginning of a kernel is no kernel: it looks like one until it is loaded.
@@ -69,23 +96,47 @@ fn kernels(world: &mut World) -> Result<(), Failure> {
     for broken in [cut, bare] {
         let reply = world.try_create(world.request_with("bad", json!({"kernel": broken})))?;
         let told = [400, 500].contains(&reply.status) && !reply.code().is_empty();
-        holds(told, "a kernel that is cut off", "an error", format!("{} {}", reply.status, reply.body))?;
+        holds(
+            told,
+            "a kernel that is cut off",
+            "an error",
+            format!("{} {}", reply.status, reply.body),
+        )?;
         world.is_empty()?;
     }
     Ok(())
 }
 
 fn memory(world: &mut World) -> Result<(), Failure> {
-    for memory in [json!(0), json!("0"), json!(1_000_001), json!(4096), json!(-1), json!("lots"), json!(""), json!(1.5), json!(u64::MAX), json!("99999999999999999999GiB")] {
+    for memory in [
+        json!(0),
+        json!("0"),
+        json!(1_000_001),
+        json!(4096),
+        json!(-1),
+        json!("lots"),
+        json!(""),
+        json!(1.5),
+        json!(u64::MAX),
+        json!("99999999999999999999GiB"),
+    ] {
         refuses(world, json!({"memory": memory}))?;
     }
     let message = refuses(world, json!({"memory": (host::memory_bytes() / 4096 + 1) * 4096}))?;
-    holds(message.contains(&host::memory_bytes().to_string()), "the message", "what the host has", &message).map(drop)
+    holds(
+        message.contains(&host::memory_bytes().to_string()),
+        "the message",
+        "what the host has",
+        &message,
+    )
+    .map(drop)
 }
 
 fn names(world: &mut World) -> Result<(), Failure> {
     let long = "a".repeat(64);
-    for name in ["../x", "", "-a", "a-", "A", "a b", "a/b", "a.b", "ä", "a\0", &long] {
+    for name in [
+        "../x", "", "-a", "a-", "A", "a b", "a/b", "a.b", "ä", "a\0", &long,
+    ] {
         refuses(world, json!({"name": name}))?;
     }
     let vm = world.create(world.request_with(&"a".repeat(63), json!({"start": false})))?;
@@ -96,16 +147,29 @@ fn names(world: &mut World) -> Result<(), Failure> {
     refused(409, "name_conflict", template.try_fork(json!({"name": vm.name}))?)?;
     for name in ["../x", "", &long] {
         refused(400, "invalid_request", template.try_fork(json!({"name": name}))?)?;
-        refused(400, "invalid_request", template.try_forks(json!({"count": 2, "name_prefix": name}))?)?;
+        refused(
+            400,
+            "invalid_request",
+            template.try_forks(json!({"count": 2, "name_prefix": name}))?,
+        )?;
     }
     // Names that would be too long with their number.
     let prefix = "a".repeat(63);
-    refused(400, "invalid_request", template.try_forks(json!({"count": 2, "name_prefix": prefix}))?)?;
+    refused(
+        400,
+        "invalid_request",
+        template.try_forks(json!({"count": 2, "name_prefix": prefix}))?,
+    )?;
     same("instances", 2, world.list()?.len())?;
     // A reference is no path either.
     for reference in ["..%2F..%2Fetc", "%2e%2e", "a%00"] {
         let reply = world.client.get(&format!("/instances/{reference}"))?;
-        holds([400, 404].contains(&reply.status), &reply.call, "400 or 404", &reply.body)?;
+        holds(
+            [400, 404].contains(&reply.status),
+            &reply.call,
+            "400 or 404",
+            &reply.body,
+        )?;
     }
     Ok(())
 }
@@ -115,26 +179,67 @@ fn bodies(world: &mut World) -> Result<(), Failure> {
     for path in ["/instances", "/instances/nobody/fork", "/instances/nobody/forks"] {
         let reply = world.client.post(path, large.clone())?;
         let told = [400, 413].contains(&reply.status) && !reply.code().is_empty();
-        holds(told, format!("{path} with 10 MB"), "400 or 413 with a code", format!("{} {}", reply.status, reply.body))?;
+        holds(
+            told,
+            format!("{path} with 10 MB"),
+            "400 or 413 with a code",
+            format!("{} {}", reply.status, reply.body),
+        )?;
     }
-    for body in ["", "{", "[]", "null", "\"x\"", "{\"kernel\": 7}", "{}", "{\"kernel\":\"/k\",\"labels\":[]}", "\u{1}\u{2}"] {
-        let reply = world.client.call(Method::POST, "/instances", Body::Text(body.to_owned()))?;
+    for body in [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\"x\"",
+        "{\"kernel\": 7}",
+        "{}",
+        "{\"kernel\":\"/k\",\"labels\":[]}",
+        "\u{1}\u{2}",
+    ] {
+        let reply = world
+            .client
+            .call(Method::POST, "/instances", Body::Text(body.to_owned()))?;
         refused(400, "invalid_request", reply)?;
     }
     let deep = "[".repeat(100_000);
-    refused(400, "invalid_request", world.client.call(Method::POST, "/instances", Body::Text(deep))?)?;
+    refused(
+        400,
+        "invalid_request",
+        world.client.call(Method::POST, "/instances", Body::Text(deep))?,
+    )?;
     refuses(world, json!({"memroy": "1GiB"}))?;
     world.is_empty()
 }
 
 fn counts(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
-    for count in [json!(0), json!(100_000), json!(-1), json!(1.5), json!("8"), json!(null), json!(u64::MAX)] {
-        refused(400, "invalid_request", template.try_forks(json!({"count": count}))?)?;
+    for count in [
+        json!(0),
+        json!(100_000),
+        json!(-1),
+        json!(1.5),
+        json!("8"),
+        json!(null),
+        json!(u64::MAX),
+    ] {
+        refused(
+            400,
+            "invalid_request",
+            template.try_forks(json!({"count": count}))?,
+        )?;
     }
     refused(400, "invalid_request", template.try_forks(json!({}))?)?;
-    refused(400, "invalid_request", template.try_forks(json!({"count": 2, "memory_mode": "magic"}))?)?;
-    refused(400, "invalid_request", template.try_fork(json!({"target_state": "Asleep"}))?)?;
+    refused(
+        400,
+        "invalid_request",
+        template.try_forks(json!({"count": 2, "memory_mode": "magic"}))?,
+    )?;
+    refused(
+        400,
+        "invalid_request",
+        template.try_fork(json!({"target_state": "Asleep"}))?,
+    )?;
     same("instances", 1, world.list()?.len())
 }
 
@@ -150,7 +255,12 @@ fn data_directory_in_use(world: &mut World) -> Result<(), Failure> {
     let code = finished.status.and_then(|status| status.code());
     same("the exit code of a second server", Some(1), code)?;
     let says = finished.output.contains("in use") || finished.output.contains("another server");
-    holds(says, "what it says", "that the data directory is in use", &finished.output)?;
+    holds(
+        says,
+        "what it says",
+        "that the data directory is in use",
+        &finished.output,
+    )?;
     vm.answers()?;
     world.server.kill9()?;
     // The lock went with the process; a socket that it left is in nobody's way.

@@ -13,7 +13,10 @@ use crate::guest_console::GuestConsole;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("the console's tail is its last lines", tail),
-    ("a followed console shows what comes, and ends when the VM goes down", followed),
+    (
+        "a followed console shows what comes, and ends when the VM goes down",
+        followed,
+    ),
     ("two readers of a console each get all of it", two_readers),
     ("a guest that is down reads nothing: 409", down),
     ("a fork's console begins with its own words", of_a_fork),
@@ -41,11 +44,34 @@ fn tail(world: &mut World) -> Result<(), Failure> {
     vm.answers()?;
     vm.count()?;
     let all = lines(world, &vm.path("/console"))?;
-    holds(all.first().is_some_and(|line| line.starts_with("ready epoch=boot")), "the first line", "ready epoch=boot", &all)?;
-    same("the last two", vec!["ok pong".to_owned(), "ok counter=1".to_owned()], lines(world, &vm.path("/console?tail=2"))?)?;
-    same("the last none", Vec::<String>::new(), lines(world, &vm.path("/console?tail=0"))?)?;
-    same("more than there are", all, lines(world, &vm.path("/console?tail=1000"))?)?;
-    refused(400, "invalid_request", world.client.get(&vm.path("/console?tail=-1"))?).map(drop)
+    holds(
+        all.first()
+            .is_some_and(|line| line.starts_with("ready epoch=boot")),
+        "the first line",
+        "ready epoch=boot",
+        &all,
+    )?;
+    same(
+        "the last two",
+        vec!["ok pong".to_owned(), "ok counter=1".to_owned()],
+        lines(world, &vm.path("/console?tail=2"))?,
+    )?;
+    same(
+        "the last none",
+        Vec::<String>::new(),
+        lines(world, &vm.path("/console?tail=0"))?,
+    )?;
+    same(
+        "more than there are",
+        all,
+        lines(world, &vm.path("/console?tail=1000"))?,
+    )?;
+    refused(
+        400,
+        "invalid_request",
+        world.client.get(&vm.path("/console?tail=-1"))?,
+    )
+    .map(drop)
 }
 
 fn followed(world: &mut World) -> Result<(), Failure> {
@@ -57,23 +83,41 @@ fn followed(world: &mut World) -> Result<(), Failure> {
     vm.act("stop")?;
     let deadline = Instant::now() + LINE_LIMIT;
     while let Next::Line(_) = stream.next_by(deadline)? {}
-    same("what comes after the VM went down", Next::Over, stream.next_by(deadline)?)
+    same(
+        "what comes after the VM went down",
+        Next::Over,
+        stream.next_by(deadline)?,
+    )
 }
 
 fn two_readers(world: &mut World) -> Result<(), Failure> {
     let vm = world.running("speaker")?;
     let mut first = GuestConsole::open(&world.client, &vm.id)?;
     let mut second = GuestConsole::open(&world.client, &vm.id)?;
-    same("to the one that asked", "ok counter=1".to_owned(), first.ask("counter")?)?;
+    same(
+        "to the one that asked",
+        "ok counter=1".to_owned(),
+        first.ask("counter")?,
+    )?;
     let line = second.line_that("counter", |line| line.starts_with("ok"))?;
     same("to the one that listened", "ok counter=1".to_owned(), line)
 }
 
 fn down(world: &mut World) -> Result<(), Failure> {
-    let post = |vm: &super::vm::Vm| world.client.call(Method::POST, &vm.path("/console"), Body::Bytes(b"ping\n".to_vec()));
+    let post = |vm: &super::vm::Vm| {
+        world.client.call(
+            Method::POST,
+            &vm.path("/console"),
+            Body::Bytes(b"ping\n".to_vec()),
+        )
+    };
     let vm = world.create(world.request_with("mute", json!({"start": false})))?;
     refused(409, "invalid_state", post(&vm)?)?;
-    same("what it printed", Vec::<String>::new(), lines(world, &vm.path("/console"))?)?;
+    same(
+        "what it printed",
+        Vec::<String>::new(),
+        lines(world, &vm.path("/console"))?,
+    )?;
     vm.act("start")?;
     vm.wait("Running")?;
     answered(204, post(&vm)?)?;
@@ -81,7 +125,14 @@ fn down(world: &mut World) -> Result<(), Failure> {
     refused(409, "invalid_state", post(&vm)?)?;
     // What it printed is still there to read.
     let printed = lines(world, &vm.path("/console"))?;
-    holds(printed.first().is_some_and(|line| line.starts_with("ready epoch=boot")), "the first line", "ready epoch=boot", &printed)
+    holds(
+        printed
+            .first()
+            .is_some_and(|line| line.starts_with("ready epoch=boot")),
+        "the first line",
+        "ready epoch=boot",
+        &printed,
+    )
 }
 
 fn of_a_fork(world: &mut World) -> Result<(), Failure> {
@@ -89,5 +140,9 @@ fn of_a_fork(world: &mut World) -> Result<(), Failure> {
     let fork = template.fork(json!({}))?;
     let generation = fork.text("generation")?;
     let printed = lines(world, &fork.path("/console"))?;
-    same("all that it printed", vec![format!("ready epoch=restore generation={generation}")], printed)
+    same(
+        "all that it printed",
+        vec![format!("ready epoch=restore generation={generation}")],
+        printed,
+    )
 }

@@ -10,10 +10,19 @@ use super::world::World;
 use crate::guest_console::value_of;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("forks go on from the template's counter with the template's memory", goes_on),
+    (
+        "forks go on from the template's counter with the template's memory",
+        goes_on,
+    ),
     ("each way to restore memory brings all of it back", memory_modes),
-    ("each fork has a generation of its own, and its guest knows it", generations),
-    ("an instance that wakes from its own standby is the same machine", same_machine),
+    (
+        "each fork has a generation of its own, and its guest knows it",
+        generations,
+    ),
+    (
+        "an instance that wakes from its own standby is the same machine",
+        same_machine,
+    ),
 ];
 
 const PAGES: u64 = 512;
@@ -29,7 +38,11 @@ fn goes_on(world: &mut World) -> Result<(), Failure> {
     template.act("promote-template")?;
     for fork in template.forks(4)? {
         same(format!("the counter of {}", fork.name), 5, fork.count()?)?;
-        same(format!("the memory of {}", fork.name), hash.clone(), fork.hash(0, PAGES)?)?;
+        same(
+            format!("the memory of {}", fork.name),
+            hash.clone(),
+            fork.hash(0, PAGES)?,
+        )?;
     }
     Ok(())
 }
@@ -45,7 +58,11 @@ fn memory_modes(world: &mut World) -> Result<(), Failure> {
     for mode in ["copy", "cow"] {
         let fork = template.fork(json!({"memory_mode": mode}))?;
         same("its memory mode", mode.to_owned(), fork.text("memory_mode")?)?;
-        same(format!("its memory by {mode}"), hash.clone(), fork.hash(0, 2 * PAGES)?)?;
+        same(
+            format!("its memory by {mode}"),
+            hash.clone(),
+            fork.hash(0, 2 * PAGES)?,
+        )?;
         same(format!("its counter by {mode}"), 2, fork.count()?)?;
     }
     Ok(())
@@ -54,7 +71,11 @@ fn memory_modes(world: &mut World) -> Result<(), Failure> {
 fn generations(world: &mut World) -> Result<(), Failure> {
     let template = world.running("warm")?;
     let mut seen = HashSet::from([template.ask_for("generation", "generation")?]);
-    same("the guest's and the server's", template.text("generation")?, template.ask_for("generation", "generation")?)?;
+    same(
+        "the guest's and the server's",
+        template.text("generation")?,
+        template.ask_for("generation", "generation")?,
+    )?;
     template.count()?;
     template.act("standby")?;
     template.act("promote-template")?;
@@ -62,9 +83,22 @@ fn generations(world: &mut World) -> Result<(), Failure> {
     for fork in template.forks(8)? {
         let answer = fork.ask("generation")?;
         let generation = value_of(&answer, "generation").unwrap_or_default().to_owned();
-        same(format!("the generation of {}", fork.name), fork.text("generation")?, generation.clone())?;
-        holds(seen.insert(generation), format!("the generation of {}", fork.name), "one of its own", &answer)?;
-        same("times that its clock was told of a new generation", before.clone(), clock_counter(&fork)?)?;
+        same(
+            format!("the generation of {}", fork.name),
+            fork.text("generation")?,
+            generation.clone(),
+        )?;
+        holds(
+            seen.insert(generation),
+            format!("the generation of {}", fork.name),
+            "one of its own",
+            &answer,
+        )?;
+        same(
+            "times that its clock was told of a new generation",
+            before.clone(),
+            clock_counter(&fork)?,
+        )?;
     }
     Ok(())
 }
@@ -82,9 +116,17 @@ fn same_machine(world: &mut World) -> Result<(), Failure> {
     for times in 1..=2 {
         vm.act("standby")?;
         vm.act("restore")?;
-        same(format!("its generation after standby {times}"), generation.clone(), vm.ask_for("generation", "generation")?)?;
+        same(
+            format!("its generation after standby {times}"),
+            generation.clone(),
+            vm.ask_for("generation", "generation")?,
+        )?;
         same("the server's", generation.clone(), vm.text("generation")?)?;
-        same("times that its clock was told of a new generation", told.clone(), clock_counter(&vm)?)?;
+        same(
+            "times that its clock was told of a new generation",
+            told.clone(),
+            clock_counter(&vm)?,
+        )?;
         same("its memory", hash.clone(), vm.hash(0, PAGES)?)?;
         same("its counter", times, vm.count()?)?;
     }

@@ -13,14 +13,38 @@ use crate::arrivals::{Arrival, Arrivals};
 use crate::processes;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("a server that was killed and started again finds its VMs running and answering", server_killed),
-    ("VMs go on while a server that ended in order is away", server_ended),
-    ("a VMM that died while no server was there shows an error", vmm_killed_unseen),
-    ("a server killed amid a batch of forks leaves nothing half-made", killed_amid_forks),
-    ("a server killed amid a standby leaves the instance before or after it", killed_amid_standby),
-    ("a VMM killed with SIGKILL shows as an error with its reason", vmm_killed),
-    ("a VMM that hangs is told as Unknown, and can be deleted", vmm_hangs),
-    ("a guest that faults shows the triple fault, and can be started again", guest_faults),
+    (
+        "a server that was killed and started again finds its VMs running and answering",
+        server_killed,
+    ),
+    (
+        "VMs go on while a server that ended in order is away",
+        server_ended,
+    ),
+    (
+        "a VMM that died while no server was there shows an error",
+        vmm_killed_unseen,
+    ),
+    (
+        "a server killed amid a batch of forks leaves nothing half-made",
+        killed_amid_forks,
+    ),
+    (
+        "a server killed amid a standby leaves the instance before or after it",
+        killed_amid_standby,
+    ),
+    (
+        "a VMM killed with SIGKILL shows as an error with its reason",
+        vmm_killed,
+    ),
+    (
+        "a VMM that hangs is told as Unknown, and can be deleted",
+        vmm_hangs,
+    ),
+    (
+        "a guest that faults shows the triple fault, and can be started again",
+        guest_faults,
+    ),
     ("a guest that halts is Shutdown without an error", guest_halts),
 ];
 
@@ -34,7 +58,13 @@ fn server_killed(world: &mut World) -> Result<(), Failure> {
     let forks = template.forks(3)?;
     let paused = template.fork(json!({"target_state": "Paused"}))?;
     let asleep = world.standby("asleep")?;
-    let pids = [plain.pid()?, forks[0].pid()?, forks[1].pid()?, forks[2].pid()?, paused.pid()?];
+    let pids = [
+        plain.pid()?,
+        forks[0].pid()?,
+        forks[1].pid()?,
+        forks[2].pid()?,
+        paused.pid()?,
+    ];
     for _ in 0..2 {
         world.server.kill9()?;
         for pid in pids {
@@ -42,7 +72,17 @@ fn server_killed(world: &mut World) -> Result<(), Failure> {
         }
         world.server.start_again()?;
     }
-    same("pids", pids, [plain.pid()?, forks[0].pid()?, forks[1].pid()?, forks[2].pid()?, paused.pid()?])?;
+    same(
+        "pids",
+        pids,
+        [
+            plain.pid()?,
+            forks[0].pid()?,
+            forks[1].pid()?,
+            forks[2].pid()?,
+            paused.pid()?,
+        ],
+    )?;
     plain.is_in("Running")?;
     paused.is_in("Paused")?;
     template.is_in("Template")?;
@@ -51,7 +91,11 @@ fn server_killed(world: &mut World) -> Result<(), Failure> {
     for fork in &forks {
         same("the counter of a fork that went on", 2, fork.count()?)?;
     }
-    same("forks that the template has", json!(4), template.show()?["forks"]["count"].clone())?;
+    same(
+        "forks that the template has",
+        json!(4),
+        template.show()?["forks"]["count"].clone(),
+    )?;
     paused.act("resume")?;
     same("the counter of the paused one", 2, paused.count()?)?;
     asleep.act("restore")?;
@@ -64,7 +108,12 @@ fn server_killed(world: &mut World) -> Result<(), Failure> {
         fork.delete()?;
     }
     for pid in &pids[1..4] {
-        holds(processes::wait_for_end(*pid, Duration::ZERO)?, "the process of a deleted fork", "none", pid)?;
+        holds(
+            processes::wait_for_end(*pid, Duration::ZERO)?,
+            "the process of a deleted fork",
+            "none",
+            pid,
+        )?;
     }
     Ok(())
 }
@@ -89,7 +138,12 @@ fn vmm_killed_unseen(world: &mut World) -> Result<(), Failure> {
     world.server.start_again()?;
     vm.is_in("Stopped")?;
     let error = vm.text("state_error")?;
-    holds(error.contains("ended"), "its state_error", "that its VMM ended", &error)?;
+    holds(
+        error.contains("ended"),
+        "its state_error",
+        "that its VMM ended",
+        &error,
+    )?;
     vm.act("start")?;
     vm.wait("Running")?;
     same("its state_error", json!(null), vm.show()?["state_error"].clone())
@@ -102,7 +156,8 @@ fn killed_amid_forks(world: &mut World) -> Result<(), Failure> {
         let mut arrivals = Arrivals::watch(&world.server.instances())?;
         let (client, path) = (world.client.clone(), template.path("/forks"));
         let prefix = format!("round-{round}");
-        let request = std::thread::spawn(move || client.post(&path, json!({"count": 16, "name_prefix": prefix})));
+        let request =
+            std::thread::spawn(move || client.post(&path, json!({"count": 16, "name_prefix": prefix})));
         let deadline = Instant::now() + ARRIVAL_LIMIT;
         let mut named = 0;
         while named < killed_after {
@@ -124,15 +179,34 @@ fn killed_amid_forks(world: &mut World) -> Result<(), Failure> {
                 Some("Template") => continue,
                 Some("Paused") => vm.act("resume").map(drop)?,
                 Some("Running" | "Initializing") => vm.wait("Running")?,
-                _ => return holds(false, "a fork after the crash", "Running or Paused", instance.to_string()),
+                _ => {
+                    return holds(
+                        false,
+                        "a fork after the crash",
+                        "Running or Paused",
+                        instance.to_string(),
+                    );
+                }
             }
             same("its counter", 2, vm.count()?)?;
             vm.delete()?;
         }
-        holds(listed.contains(&template.id), "the instances after the crash", "the template", &listed)?;
+        holds(
+            listed.contains(&template.id),
+            "the instances after the crash",
+            "the template",
+            &listed,
+        )?;
         let instances = world.server.instances();
-        for entry in fs::read_dir(&instances).map_err(Failure::file(&instances))?.flatten() {
-            same("what is left of instances", template.id.clone(), entry.file_name().to_string_lossy().into_owned())?;
+        for entry in fs::read_dir(&instances)
+            .map_err(Failure::file(&instances))?
+            .flatten()
+        {
+            same(
+                "what is left of instances",
+                template.id.clone(),
+                entry.file_name().to_string_lossy().into_owned(),
+            )?;
         }
         let strays = processes::working_below(&world.server.data());
         holds(strays.is_empty(), "processes", "none", &strays)?;
@@ -157,7 +231,14 @@ fn killed_amid_standby(world: &mut World) -> Result<(), Failure> {
             "Running" => {}
             "Paused" => vm.act("resume").map(drop)?,
             "Standby" => vm.act("restore").map(drop)?,
-            other => return holds(false, "its state after the crash", "Running, Paused or Standby", format!("{other}: {}", vm.show()?)),
+            other => {
+                return holds(
+                    false,
+                    "its state after the crash",
+                    "Running, Paused or Standby",
+                    format!("{other}: {}", vm.show()?),
+                );
+            }
         }
         count += 1;
         same("its counter", count, vm.count()?)?;
@@ -175,7 +256,12 @@ fn vmm_killed(world: &mut World) -> Result<(), Failure> {
         processes::kill(vm.pid()?)?;
         vm.wait("Stopped")?;
         let error = vm.text("state_error")?;
-        holds(error.contains("SIGKILL") && error.contains('9'), "its state_error", "signal 9 (SIGKILL)", &error)?;
+        holds(
+            error.contains("SIGKILL") && error.contains('9'),
+            "its state_error",
+            "signal 9 (SIGKILL)",
+            &error,
+        )?;
         same("its pid", json!(null), vm.show()?["pid"].clone())?;
     }
     // The dead fork is still a fork, and the instance can be started again.
@@ -194,9 +280,19 @@ fn vmm_hangs(world: &mut World) -> Result<(), Failure> {
     rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
     vm.is_in("Unknown")?;
     let error = vm.text("state_error")?;
-    holds(error.contains("does not answer"), "its state_error", "that its VMM does not answer", &error)?;
+    holds(
+        error.contains("does not answer"),
+        "its state_error",
+        "that its VMM does not answer",
+        &error,
+    )?;
     vm.delete()?;
-    holds(processes::wait_for_end(pid, Duration::ZERO)?, "its process", "none", pid)?;
+    holds(
+        processes::wait_for_end(pid, Duration::ZERO)?,
+        "its process",
+        "none",
+        pid,
+    )?;
     vm.is_gone()
 }
 
@@ -205,7 +301,12 @@ fn guest_faults(world: &mut World) -> Result<(), Failure> {
     vm.ask("fault")?;
     vm.wait("Shutdown")?;
     let error = vm.text("state_error")?;
-    holds(error.to_lowercase().contains("triple fault"), "its state_error", "the triple fault", &error)?;
+    holds(
+        error.to_lowercase().contains("triple fault"),
+        "its state_error",
+        "the triple fault",
+        &error,
+    )?;
     vm.act("start")?;
     vm.wait("Running")?;
     vm.answers()?;

@@ -13,7 +13,11 @@ use crate::server::ServerError;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     #[error("{what}: expected {expected}, found {found}")]
-    Unexpected { what: String, expected: String, found: String },
+    Unexpected {
+        what: String,
+        expected: String,
+        found: String,
+    },
     /// This host cannot try it; the reason says why.
     #[error("{0}")]
     Skipped(String),
@@ -36,12 +40,19 @@ pub(super) enum Failure {
 impl Failure {
     /// Turns an I/O error into one that names the file.
     pub(super) fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
-        move |source| Self::File { path: path.into(), source }
+        move |source| Self::File {
+            path: path.into(),
+            source,
+        }
     }
 }
 
 /// That something is as it should be.
-pub(super) fn same<T: PartialEq + Debug>(what: impl Into<String>, expected: T, found: T) -> Result<(), Failure> {
+pub(super) fn same<T: PartialEq + Debug>(
+    what: impl Into<String>,
+    expected: T,
+    found: T,
+) -> Result<(), Failure> {
     if expected == found {
         return Ok(());
     }
@@ -62,21 +73,40 @@ pub(super) fn holds(
     if condition {
         return Ok(());
     }
-    Err(Failure::Unexpected { what: what.into(), expected: expected.into(), found: format!("{found:?}") })
+    Err(Failure::Unexpected {
+        what: what.into(),
+        expected: expected.into(),
+        found: format!("{found:?}"),
+    })
 }
 
 /// That a call was answered with this status; its body.
 pub(super) fn answered(status: u16, reply: Reply) -> Result<Value, Failure> {
-    holds(reply.status == status, &reply.call, status.to_string(), Shown(&reply))?;
+    holds(
+        reply.status == status,
+        &reply.call,
+        status.to_string(),
+        Shown(&reply),
+    )?;
     Ok(reply.body)
 }
 
 /// That a call was refused with this status and code, in an error that people and programs can use.
 pub(super) fn refused(status: u16, code: &str, reply: Reply) -> Result<Value, Failure> {
     let expected = format!("{status} {code}");
-    holds(reply.status == status && reply.code() == code, &reply.call, expected, Shown(&reply))?;
+    holds(
+        reply.status == status && reply.code() == code,
+        &reply.call,
+        expected,
+        Shown(&reply),
+    )?;
     let message = reply.body["message"].as_str().unwrap_or_default();
-    holds(!message.is_empty(), format!("the error of {}", reply.call), "a message", Shown(&reply))?;
+    holds(
+        !message.is_empty(),
+        format!("the error of {}", reply.call),
+        "a message",
+        Shown(&reply),
+    )?;
     Ok(reply.body)
 }
 

@@ -12,14 +12,29 @@ use super::failure::{Failure, answered, holds, same};
 use super::world::World;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("forks write to the same pages, and none sees another's; the template's memory keeps its SHA-256", isolated),
+    (
+        "forks write to the same pages, and none sees another's; the template's memory keeps its SHA-256",
+        isolated,
+    ),
     ("a fork of a fork goes on from the fork", fork_of_fork),
-    ("a fork is put on standby, restored, promoted and forked", fork_becomes_template),
-    ("a fork of a running instance leaves it running with its counter", from_running),
+    (
+        "a fork is put on standby, restored, promoted and forked",
+        fork_becomes_template,
+    ),
+    (
+        "a fork of a running instance leaves it running with its counter",
+        from_running,
+    ),
     ("64 forks at once all answer", sixty_four),
-    ("forks of a Standby instance are not counted as live forks of a template", of_standby),
+    (
+        "forks of a Standby instance are not counted as live forks of a template",
+        of_standby,
+    ),
     ("of forks that take a taken name, those that work stay", some_work),
-    ("a template is untouched by the death of its forks' source files", template_outlives_demote),
+    (
+        "a template is untouched by the death of its forks' source files",
+        template_outlives_demote,
+    ),
 ];
 
 /// The SHA-256 of a file, as hex.
@@ -27,7 +42,12 @@ pub(super) fn sha256(path: &Path) -> Result<String, Failure> {
     let mut hasher = HashingWriter(Sha256::new());
     let mut file = File::open(path).map_err(Failure::file(path))?;
     std::io::copy(&mut file, &mut hasher).map_err(Failure::file(path))?;
-    Ok(hasher.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hasher
+        .0
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 struct HashingWriter(Sha256);
@@ -59,7 +79,11 @@ fn isolated(world: &mut World) -> Result<(), Failure> {
         hashes.push(fork.hash(0, 512)?);
     }
     for (fork, hash) in forks.iter().chain([&copied]).zip(&hashes) {
-        same(format!("what {} has written", fork.name), hash.clone(), fork.hash(0, 512)?)?;
+        same(
+            format!("what {} has written", fork.name),
+            hash.clone(),
+            fork.hash(0, 512)?,
+        )?;
     }
     let distinct: HashSet<&String> = hashes.iter().collect();
     same("different contents", forks.len() + 1, distinct.len())?;
@@ -68,7 +92,11 @@ fn isolated(world: &mut World) -> Result<(), Failure> {
     forks[0].act("standby")?;
     forks[0].act("restore")?;
     same("what it had written", hashes[0].clone(), forks[0].hash(0, 512)?)?;
-    same("the template's memory after a fork's standby", before, sha256(&memory)?)?;
+    same(
+        "the template's memory after a fork's standby",
+        before,
+        sha256(&memory)?,
+    )?;
     let next = template.fork(json!({}))?;
     same("the counter of a new fork", 1, next.count()?)
 }
@@ -84,7 +112,11 @@ fn fork_of_fork(world: &mut World) -> Result<(), Failure> {
     same("the grandchild's counter", 3, grandchild.count()?)?;
     same("the grandchild's memory", hash, grandchild.hash(0, 64)?)?;
     // It was forked of an instance on standby: that is no template, and records nothing.
-    same("the grandchild's template", json!(null), grandchild.show()?["fork_of_template"].clone())?;
+    same(
+        "the grandchild's template",
+        json!(null),
+        grandchild.show()?["fork_of_template"].clone(),
+    )?;
     child.delete()?;
     grandchild.answers()?;
     template.act("demote-template").map(drop)
@@ -102,12 +134,20 @@ fn fork_becomes_template(world: &mut World) -> Result<(), Failure> {
     let grandchildren = child.forks(2)?;
     for grandchild in &grandchildren {
         same("its counter", 4, grandchild.count()?)?;
-        same("its template", json!(child.id), grandchild.show()?["fork_of_template"].clone())?;
+        same(
+            "its template",
+            json!(child.id),
+            grandchild.show()?["fork_of_template"].clone(),
+        )?;
     }
     // A template that is a fork itself is a live fork of its own template.
     let reply = template.try_act("demote-template")?;
     let error = super::failure::refused(409, "template_in_use", reply)?;
-    same("the fork that is named", json!(child.id), error["details"]["forks"][0]["id"].clone())?;
+    same(
+        "the fork that is named",
+        json!(child.id),
+        error["details"]["forks"][0]["id"].clone(),
+    )?;
     for grandchild in &grandchildren {
         grandchild.delete()?;
     }
@@ -129,10 +169,23 @@ fn from_running(world: &mut World) -> Result<(), Failure> {
     same("the source's counter", 3, source.count()?)?;
     same("the fork's memory", hash.clone(), fork.hash(0, 64)?)?;
     same("the source's memory", hash, source.hash(0, 64)?)?;
-    same("the source's generation", generation.clone(), source.ask_for("generation", "generation")?)?;
-    holds(fork.text("generation")? != generation, "the fork's generation", "one of its own", &generation)?;
+    same(
+        "the source's generation",
+        generation.clone(),
+        source.ask_for("generation", "generation")?,
+    )?;
+    holds(
+        fork.text("generation")? != generation,
+        "the fork's generation",
+        "one of its own",
+        &generation,
+    )?;
     same("is_template", json!(false), source.show()?["is_template"].clone())?;
-    same("the fork's template", json!(null), fork.show()?["fork_of_template"].clone())?;
+    same(
+        "the fork's template",
+        json!(null),
+        fork.show()?["fork_of_template"].clone(),
+    )?;
     // Many at once, too; and the source goes on as before.
     let made = answered(201, source.try_forks(json!({"count": 3, "from_running": true}))?)?;
     same("forks", 3, made["forks"].as_array().map_or(0, Vec::len))?;
@@ -152,7 +205,11 @@ fn sixty_four(world: &mut World) -> Result<(), Failure> {
     }
     same("generations", 64, generations.len())?;
     same("processes", 64, pids.len())?;
-    same("forks of the template", json!(64), template.show()?["forks"]["count"].clone())
+    same(
+        "forks of the template",
+        json!(64),
+        template.show()?["forks"]["count"].clone(),
+    )
 }
 
 fn of_standby(world: &mut World) -> Result<(), Failure> {
@@ -168,10 +225,21 @@ fn of_standby(world: &mut World) -> Result<(), Failure> {
 fn some_work(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
     template.fork(json!({"name": "job-2"}))?;
-    let made = answered(201, template.try_forks(json!({"count": 3, "name_prefix": "job"}))?)?;
-    let names: Vec<&str> =
-        made["forks"].as_array().into_iter().flatten().filter_map(|entry| entry["name"].as_str()).collect();
-    same("their names, the taken one left out", vec!["job-1", "job-3", "job-4"], names)
+    let made = answered(
+        201,
+        template.try_forks(json!({"count": 3, "name_prefix": "job"}))?,
+    )?;
+    let names: Vec<&str> = made["forks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry["name"].as_str())
+        .collect();
+    same(
+        "their names, the taken one left out",
+        vec!["job-1", "job-3", "job-4"],
+        names,
+    )
 }
 
 fn template_outlives_demote(world: &mut World) -> Result<(), Failure> {
@@ -185,6 +253,10 @@ fn template_outlives_demote(world: &mut World) -> Result<(), Failure> {
     linked.act("standby")?;
     same("the template's memory", before.clone(), sha256(&memory)?)?;
     linked.delete()?;
-    same("the template's memory after the fork's end", before, sha256(&memory)?)?;
+    same(
+        "the template's memory after the fork's end",
+        before,
+        sha256(&memory)?,
+    )?;
     template.fork(json!({}))?.answers()
 }

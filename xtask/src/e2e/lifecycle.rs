@@ -12,9 +12,18 @@ use crate::processes;
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("an instance lives its whole life", whole_life),
     ("what is asked for and already so is a no-op", already_there),
-    ("an instance is found by id, by name and by a unique beginning of its id", found),
-    ("the list can be narrowed to a state and to the forks of a template", narrowed),
-    ("waiting ends when the state is reached, and says so when it is not", waited),
+    (
+        "an instance is found by id, by name and by a unique beginning of its id",
+        found,
+    ),
+    (
+        "the list can be narrowed to a state and to the forks of a template",
+        narrowed,
+    ),
+    (
+        "waiting ends when the state is reached, and says so when it is not",
+        waited,
+    ),
     ("delete leaves no process, no file and no socket", deleted),
     ("a shown instance tells all of itself", shown),
 ];
@@ -76,7 +85,8 @@ fn already_there(world: &mut World) -> Result<(), Failure> {
 }
 
 fn found(world: &mut World) -> Result<(), Failure> {
-    let [one, two] = ["one", "two"].map(|name| world.create(world.request_with(name, json!({"start": false}))));
+    let [one, two] =
+        ["one", "two"].map(|name| world.create(world.request_with(name, json!({"start": false}))));
     let (one, two) = (one?, two?);
     let id_of = |reference: &str| -> Result<String, Failure> {
         let shown = answered(200, world.client.get(&format!("/instances/{reference}"))?)?;
@@ -84,16 +94,60 @@ fn found(world: &mut World) -> Result<(), Failure> {
     };
     same("by id", one.id.clone(), id_of(&one.id)?)?;
     same("by name", two.id.clone(), id_of("two")?)?;
-    let common = one.id.chars().zip(two.id.chars()).take_while(|(one, two)| one == two).count();
-    same("by a unique beginning of its id", one.id.clone(), id_of(&one.id[..=common])?)?;
-    refused(409, "ambiguous", world.client.get(&format!("/instances/{}", &one.id[..common]))?)?;
+    let common = one
+        .id
+        .chars()
+        .zip(two.id.chars())
+        .take_while(|(one, two)| one == two)
+        .count();
+    same(
+        "by a unique beginning of its id",
+        one.id.clone(),
+        id_of(&one.id[..=common])?,
+    )?;
+    refused(
+        409,
+        "ambiguous",
+        world.client.get(&format!("/instances/{}", &one.id[..common]))?,
+    )?;
     refused(404, "not_found", world.client.get("/instances/nobody")?)?;
-    for operation in ["start", "stop", "pause", "resume", "standby", "restore", "promote-template", "demote-template"] {
-        refused(404, "not_found", world.client.post(&format!("/instances/nobody/{operation}"), json!(null))?)?;
+    for operation in [
+        "start",
+        "stop",
+        "pause",
+        "resume",
+        "standby",
+        "restore",
+        "promote-template",
+        "demote-template",
+    ] {
+        refused(
+            404,
+            "not_found",
+            world
+                .client
+                .post(&format!("/instances/nobody/{operation}"), json!(null))?,
+        )?;
     }
-    refused(404, "not_found", world.client.post("/instances/nobody/fork", json!({}))?)?;
-    refused(404, "not_found", world.client.post("/instances/nobody/forks", json!({"count": 1}))?)?;
-    refused(404, "not_found", world.client.get("/instances/nobody/wait?state=Running&timeout=1s")?)?;
+    refused(
+        404,
+        "not_found",
+        world.client.post("/instances/nobody/fork", json!({}))?,
+    )?;
+    refused(
+        404,
+        "not_found",
+        world
+            .client
+            .post("/instances/nobody/forks", json!({"count": 1}))?,
+    )?;
+    refused(
+        404,
+        "not_found",
+        world
+            .client
+            .get("/instances/nobody/wait?state=Running&timeout=1s")?,
+    )?;
     refused(404, "not_found", world.client.get("/instances/nobody/console")?)?;
     refused(404, "not_found", world.client.delete("/instances/nobody")?).map(drop)
 }
@@ -103,31 +157,76 @@ fn narrowed(world: &mut World) -> Result<(), Failure> {
     let fork = template.fork(json!({"name": "fork"}))?;
     let names = |query: &str| -> Result<Vec<String>, Failure> {
         let list = answered(200, world.client.get(&format!("/instances{query}"))?)?;
-        let list = list.as_array().or_else(|| list["instances"].as_array()).cloned().unwrap_or_default();
-        Ok(list.iter().filter_map(|instance| instance["name"].as_str().map(str::to_owned)).collect())
+        let list = list
+            .as_array()
+            .or_else(|| list["instances"].as_array())
+            .cloned()
+            .unwrap_or_default();
+        Ok(list
+            .iter()
+            .filter_map(|instance| instance["name"].as_str().map(str::to_owned))
+            .collect())
     };
-    same("all, oldest first", vec![template.name.clone(), fork.name.clone()], names("")?)?;
-    same("templates", vec![template.name.clone()], names("?state=Template")?)?;
+    same(
+        "all, oldest first",
+        vec![template.name.clone(), fork.name.clone()],
+        names("")?,
+    )?;
+    same(
+        "templates",
+        vec![template.name.clone()],
+        names("?state=Template")?,
+    )?;
     same("running ones", vec![fork.name.clone()], names("?state=Running")?)?;
-    same("forks of the template", vec![fork.name.clone()], names("?template=warm")?)?;
+    same(
+        "forks of the template",
+        vec![fork.name.clone()],
+        names("?template=warm")?,
+    )?;
     same("both", Vec::new(), names("?template=warm&state=Paused")?)?;
-    refused(400, "invalid_request", world.client.get("/instances?state=Asleep")?).map(drop)
+    refused(
+        400,
+        "invalid_request",
+        world.client.get("/instances?state=Asleep")?,
+    )
+    .map(drop)
 }
 
 fn waited(world: &mut World) -> Result<(), Failure> {
     let vm = world.running("awaited")?;
     let at_once = answered(200, world.client.get(&vm.path("/wait?state=Running"))?)?;
     same("a state that is there", json!(true), at_once["reached"].clone())?;
-    let never = answered(200, world.client.get(&vm.path("/wait?state=Template&timeout=1s"))?)?;
-    same("a state that does not come", json!(false), never["reached"].clone())?;
-    same("the state that is there instead", json!("Running"), never["instance"]["state"].clone())?;
-    refused(400, "invalid_request", world.client.get(&vm.path("/wait?state=Asleep&timeout=1s"))?)?;
-    refused(400, "invalid_request", world.client.get(&vm.path("/wait?state=Running&timeout=long"))?)?;
+    let never = answered(
+        200,
+        world.client.get(&vm.path("/wait?state=Template&timeout=1s"))?,
+    )?;
+    same(
+        "a state that does not come",
+        json!(false),
+        never["reached"].clone(),
+    )?;
+    same(
+        "the state that is there instead",
+        json!("Running"),
+        never["instance"]["state"].clone(),
+    )?;
+    refused(
+        400,
+        "invalid_request",
+        world.client.get(&vm.path("/wait?state=Asleep&timeout=1s"))?,
+    )?;
+    refused(
+        400,
+        "invalid_request",
+        world.client.get(&vm.path("/wait?state=Running&timeout=long"))?,
+    )?;
     // The state comes while it is waited for.
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| vm.wait("Shutdown"));
         vm.ask("halt")?;
-        waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        waiting
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
@@ -147,7 +246,12 @@ fn deleted(world: &mut World) -> Result<(), Failure> {
     }
     for pid in pids {
         // Zero: it has ended before the answer came.
-        holds(processes::wait_for_end(pid, Duration::ZERO)?, "the process of a deleted instance", "none", pid)?;
+        holds(
+            processes::wait_for_end(pid, Duration::ZERO)?,
+            "the process of a deleted instance",
+            "none",
+            pid,
+        )?;
     }
     world.is_empty()
 }
@@ -159,10 +263,31 @@ fn shown(world: &mut World) -> Result<(), Failure> {
     let template = world.create(world.request_with("told", request))?;
     template.wait("Running")?;
     let running = template.show()?;
-    for field in
-        ["id", "name", "state", "hypervisor", "vcpus", "memory", "is_template", "generation", "hot_pages", "labels", "readiness", "kernel", "created_at", "started_at", "pid", "timings", "memory_use"]
-    {
-        holds(!running[field].is_null(), format!("`{field}` of a running instance"), "a value", running.to_string())?;
+    for field in [
+        "id",
+        "name",
+        "state",
+        "hypervisor",
+        "vcpus",
+        "memory",
+        "is_template",
+        "generation",
+        "hot_pages",
+        "labels",
+        "readiness",
+        "kernel",
+        "created_at",
+        "started_at",
+        "pid",
+        "timings",
+        "memory_use",
+    ] {
+        holds(
+            !running[field].is_null(),
+            format!("`{field}` of a running instance"),
+            "a value",
+            running.to_string(),
+        )?;
     }
     same("labels", json!({"team": "blue"}), running["labels"].clone())?;
     same("memory", json!(64 << 20), running["memory"].clone())?;
@@ -171,11 +296,27 @@ fn shown(world: &mut World) -> Result<(), Failure> {
     template.act("promote-template")?;
     let fork = template.fork(json!({"memory_mode": "copy"}))?;
     let forked = fork.show()?;
-    same("the fork's template", json!(template.id), forked["fork_of_template"].clone())?;
-    same("the fork's memory mode", json!("copy"), forked["memory_mode"].clone())?;
-    same("labels of the fork", json!({"team": "blue"}), forked["labels"].clone())?;
+    same(
+        "the fork's template",
+        json!(template.id),
+        forked["fork_of_template"].clone(),
+    )?;
+    same(
+        "the fork's memory mode",
+        json!("copy"),
+        forked["memory_mode"].clone(),
+    )?;
+    same(
+        "labels of the fork",
+        json!({"team": "blue"}),
+        forked["labels"].clone(),
+    )?;
     let told = template.show()?;
     same("is_template", json!(true), told["is_template"].clone())?;
-    same("the template's forks", json!({"count": 1, "ids": [fork.id]}), told["forks"].clone())?;
+    same(
+        "the template's forks",
+        json!({"count": 1, "ids": [fork.id]}),
+        told["forks"].clone(),
+    )?;
     same("the pid of a template", json!(null), told["pid"].clone())
 }

@@ -10,12 +10,24 @@ use super::world::World;
 use crate::client::Reply;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("start, stop and delete race on one instance, and it ends whole or gone", start_stop_delete),
-    ("pause, resume, standby and restore race, and the guest keeps its counter", sleep_and_wake),
+    (
+        "start, stop and delete race on one instance, and it ends whole or gone",
+        start_stop_delete,
+    ),
+    (
+        "pause, resume, standby and restore race, and the guest keeps its counter",
+        sleep_and_wake,
+    ),
     ("of two promotes one works", two_promotes),
     ("of two creates with one name one works", two_creates),
-    ("demote races with forks, and no fork's template is gone", demote_and_forks),
-    ("delete of a template races with forks, and no fork's template is gone", delete_and_forks),
+    (
+        "demote races with forks, and no fork's template is gone",
+        demote_and_forks,
+    ),
+    (
+        "delete of a template races with forks, and no fork's template is gone",
+        delete_and_forks,
+    ),
 ];
 
 const ROUNDS: usize = 5;
@@ -30,15 +42,30 @@ fn at_once(requests: Vec<Request<'_>>) -> Result<Vec<Reply>, Failure> {
             barrier.wait();
             request()
         };
-        let threads: Vec<_> = requests.into_iter().map(|request| scope.spawn(move || begin(request))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        let threads: Vec<_> = requests
+            .into_iter()
+            .map(|request| scope.spawn(move || begin(request)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .collect()
     })
 }
 
 fn none_failed(replies: &[Reply]) -> Result<(), Failure> {
     for reply in replies {
         let in_order = (200..300).contains(&reply.status) || [404, 409].contains(&reply.status);
-        holds(in_order, &reply.call, "2xx, 404 or 409", format!("{} {}", reply.status, reply.body))?;
+        holds(
+            in_order,
+            &reply.call,
+            "2xx, 404 or 409",
+            format!("{} {}", reply.status, reply.body),
+        )?;
     }
     Ok(())
 }
@@ -76,7 +103,12 @@ fn start_stop_delete(world: &mut World) -> Result<(), Failure> {
             Some("Running" | "Initializing") => !shown["pid"].is_null(),
             _ => false,
         };
-        holds(whole && shown["state_error"].is_null(), "the state in the end", "Stopped or Running", shown.to_string())?;
+        holds(
+            whole && shown["state_error"].is_null(),
+            "the state in the end",
+            "Stopped or Running",
+            shown.to_string(),
+        )?;
         vm.delete()?;
         world.is_empty()?;
     }
@@ -127,9 +159,14 @@ fn two_creates(world: &mut World) -> Result<(), Failure> {
             Box::new(|| world.try_create(request.clone())),
             Box::new(|| world.try_create(request.clone())),
         ])?;
-        let (made, refused): (Vec<&Reply>, Vec<&Reply>) = replies.iter().partition(|reply| reply.status == 201);
+        let (made, refused): (Vec<&Reply>, Vec<&Reply>) =
+            replies.iter().partition(|reply| reply.status == 201);
         same("those that worked", 1, made.len())?;
-        same("the other's answer", Some((409, "name_conflict")), refused.first().map(|reply| (reply.status, reply.code())))?;
+        same(
+            "the other's answer",
+            Some((409, "name_conflict")),
+            refused.first().map(|reply| (reply.status, reply.code())),
+        )?;
         world.vm(&made[0].body)?.delete()?;
         world.is_empty()?;
     }
@@ -143,7 +180,9 @@ fn demote_and_forks(world: &mut World) -> Result<(), Failure> {
         let mut requests: Vec<Request<'_>> = Vec::new();
         for number in 0..4 {
             let template = &template;
-            requests.push(Box::new(move || template.try_fork(json!({"name": format!("fork-{round}-{number}")}))));
+            requests.push(Box::new(move || {
+                template.try_fork(json!({"name": format!("fork-{round}-{number}")}))
+            }));
         }
         requests.insert(round % 5, Box::new(|| template.try_act("demote-template")));
         let replies = at_once(requests)?;
@@ -167,7 +206,9 @@ fn delete_and_forks(world: &mut World) -> Result<(), Failure> {
         let mut requests: Vec<Request<'_>> = Vec::new();
         for number in 0..4 {
             let template = &template;
-            requests.push(Box::new(move || template.try_fork(json!({"name": format!("fork-{round}-{number}")}))));
+            requests.push(Box::new(move || {
+                template.try_fork(json!({"name": format!("fork-{round}-{number}")}))
+            }));
         }
         requests.insert(round % 5, Box::new(|| template.try_delete()));
         none_failed(&at_once(requests)?)?;
@@ -176,7 +217,12 @@ fn delete_and_forks(world: &mut World) -> Result<(), Failure> {
             fork.delete()?;
         }
         let left = template.try_delete()?;
-        holds([204, 404].contains(&left.status), &left.call, "204 or 404", &left.body)?;
+        holds(
+            [204, 404].contains(&left.status),
+            &left.call,
+            "204 or 404",
+            &left.body,
+        )?;
         world.is_empty()?;
     }
     Ok(())
@@ -195,7 +241,11 @@ fn no_orphans(world: &World) -> Result<Vec<super::vm::Vm>, Failure> {
         if !template.is_null() {
             let found = instances.iter().find(|other| other["id"] == *template);
             let state = found.map_or(&Value::Null, |found| &found["state"]);
-            same(format!("the template of {}", instance["name"]), &json!("Template"), state)?;
+            same(
+                format!("the template of {}", instance["name"]),
+                &json!("Template"),
+                state,
+            )?;
         }
     }
     Ok(forks)

@@ -10,9 +10,15 @@ use super::forks::sha256;
 use super::world::World;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("with unreadable metadata of one fork, demote and delete of the template fail and lose nothing", unreadable),
+    (
+        "with unreadable metadata of one fork, demote and delete of the template fail and lose nothing",
+        unreadable,
+    ),
     ("metadata of a later version are not touched", later_version),
-    ("fields of the metadata that this version does not know are kept", unknown_fields),
+    (
+        "fields of the metadata that this version does not know are kept",
+        unknown_fields,
+    ),
 ];
 
 fn unreadable(world: &mut World) -> Result<(), Failure> {
@@ -27,15 +33,33 @@ fn unreadable(world: &mut World) -> Result<(), Failure> {
             Some(content) => fs::write(&metadata, content).map_err(Failure::file(&metadata))?,
             None => fs::remove_file(&metadata).map_err(Failure::file(&metadata))?,
         }
-        for reply in [template.try_act("demote-template")?, template.try_act("stop")?, template.try_delete()?] {
+        for reply in [
+            template.try_act("demote-template")?,
+            template.try_act("stop")?,
+            template.try_delete()?,
+        ] {
             let error = refused(500, "unreadable_metadata", reply)?;
             let message = error["message"].as_str().unwrap_or_default();
-            holds(message.contains(&forks[0].id), "the message", "the instance that cannot be read", message)?;
+            holds(
+                message.contains(&forks[0].id),
+                "the message",
+                "the instance that cannot be read",
+                message,
+            )?;
             let data = world.server.data().display().to_string();
-            holds(!error.to_string().contains(&data), "the error", "no path of the server", &error)?;
+            holds(
+                !error.to_string().contains(&data),
+                "the error",
+                "no path of the server",
+                &error,
+            )?;
         }
         same("the template's memory", before.clone(), sha256(&memory)?)?;
-        same("the template", json!(true), template.show()?["is_template"].clone())?;
+        same(
+            "the template",
+            json!(true),
+            template.show()?["is_template"].clone(),
+        )?;
         forks[0].is_in("Unknown")?;
         forks[1].answers()?;
     }
@@ -55,12 +79,19 @@ fn later_version(world: &mut World) -> Result<(), Failure> {
     let vm = world.standby("later")?;
     let metadata = vm.dir().join("metadata.json");
     let kept = fs::read_to_string(&metadata).map_err(Failure::file(&metadata))?;
-    let later = kept.replacen("\"schema\": 1", "\"schema\": 99", 1).replacen("\"schema\":1", "\"schema\":99", 1);
+    let later =
+        kept.replacen("\"schema\": 1", "\"schema\": 99", 1)
+            .replacen("\"schema\":1", "\"schema\":99", 1);
     holds(later != kept, "the metadata", "a schema", &kept)?;
     fs::write(&metadata, &later).map_err(Failure::file(&metadata))?;
     vm.is_in("Unknown")?;
     let error = vm.text("state_error")?;
-    holds(error.contains("99") && error.contains('1'), "the state_error", "both versions", &error)?;
+    holds(
+        error.contains("99") && error.contains('1'),
+        "the state_error",
+        "both versions",
+        &error,
+    )?;
     for operation in ["start", "stop", "restore", "promote-template"] {
         let reply = vm.try_act(operation)?;
         let refused = [409, 500].contains(&reply.status) && !reply.code().is_empty();
@@ -68,7 +99,11 @@ fn later_version(world: &mut World) -> Result<(), Failure> {
     }
     world.server.kill9()?;
     world.server.start_again()?;
-    same("the file", later, fs::read_to_string(&metadata).map_err(Failure::file(&metadata))?)?;
+    same(
+        "the file",
+        later,
+        fs::read_to_string(&metadata).map_err(Failure::file(&metadata))?,
+    )?;
     vm.is_in("Unknown")?;
     fs::write(&metadata, kept).map_err(Failure::file(&metadata))?;
     vm.act("restore")?;
@@ -80,16 +115,27 @@ fn unknown_fields(world: &mut World) -> Result<(), Failure> {
     let metadata = vm.dir().join("metadata.json");
     let read = || -> Result<Value, Failure> {
         let content = fs::read_to_string(&metadata).map_err(Failure::file(&metadata))?;
-        serde_json::from_str(&content).map_err(std::io::Error::from).map_err(Failure::file(&metadata))
+        serde_json::from_str(&content)
+            .map_err(std::io::Error::from)
+            .map_err(Failure::file(&metadata))
     };
     let mut changed = read()?;
     changed["from_the_future"] = json!({"a": [1, 2]});
     fs::write(&metadata, changed.to_string()).map_err(Failure::file(&metadata))?;
     vm.act("promote-template")?;
-    same("the field after a rewrite", json!({"a": [1, 2]}), read()?["from_the_future"].clone())?;
+    same(
+        "the field after a rewrite",
+        json!({"a": [1, 2]}),
+        read()?["from_the_future"].clone(),
+    )?;
     let fork = vm.fork(json!({}))?;
     let of_fork = fork.dir().join("metadata.json");
     let content = fs::read_to_string(&of_fork).map_err(Failure::file(&of_fork))?;
-    holds(!content.contains("from_the_future"), "the fork's metadata", "nothing that is not on the list", &content)?;
+    holds(
+        !content.contains("from_the_future"),
+        "the fork's metadata",
+        "nothing that is not on the list",
+        &content,
+    )?;
     answered(204, fork.try_delete()?).map(drop)
 }

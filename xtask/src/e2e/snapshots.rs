@@ -13,10 +13,22 @@ use super::world::World;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("an empty snapshot directory is no snapshot", empty),
-    ("an emptied template is Unknown, and its forks live on", emptied_template),
-    ("truncated memory makes the instance Unknown with its reason", truncated_memory),
-    ("a truncated state file makes the instance Unknown with its reason", truncated_state),
-    ("a snapshot by another version of the VMM is refused and kept", other_version),
+    (
+        "an emptied template is Unknown, and its forks live on",
+        emptied_template,
+    ),
+    (
+        "truncated memory makes the instance Unknown with its reason",
+        truncated_memory,
+    ),
+    (
+        "a truncated state file makes the instance Unknown with its reason",
+        truncated_state,
+    ),
+    (
+        "a snapshot by another version of the VMM is refused and kept",
+        other_version,
+    ),
     ("a manifest of a later schema is refused and kept", later_schema),
 ];
 
@@ -27,7 +39,11 @@ fn empty(world: &mut World) -> Result<(), Failure> {
     vm.is_in("Stopped")?;
     refused(409, "invalid_state", vm.try_act("restore")?)?;
     refused(409, "invalid_state", vm.try_act("promote-template")?)?;
-    refused(409, "invalid_state", vm.try_fork(json!({"target_state": "Paused"}))?)?;
+    refused(
+        400,
+        "invalid_request",
+        vm.try_fork(json!({"target_state": "Paused"}))?,
+    )?;
     vm.act("start")?;
     vm.wait("Running")
 }
@@ -70,7 +86,12 @@ fn other_version(world: &mut World) -> Result<(), Failure> {
     let kept = change_manifest(&vm, "hypervisor_version", json!("stencil-microvm 0.0.1"))?;
     let error = refused(409, "invalid_state", vm.try_act("restore")?)?;
     let message = error["message"].as_str().unwrap_or_default();
-    holds(message.contains("0.0.1"), "the message", "the version that made it", message)?;
+    holds(
+        message.contains("0.0.1"),
+        "the message",
+        "the version that made it",
+        message,
+    )?;
     refused(409, "invalid_state", vm.try_fork(json!({}))?)?;
     vm.is_in("Standby")?;
     same("instances", 1, world.list()?.len())?;
@@ -93,8 +114,20 @@ fn later_schema(world: &mut World) -> Result<(), Failure> {
 fn is_broken(vm: &Vm) -> Result<(), Failure> {
     vm.is_in("Unknown")?;
     let error = vm.text("state_error")?;
-    holds(!error.is_empty(), format!("the state_error of {}", vm.name), "a reason", &error)?;
-    for operation in ["start", "stop", "standby", "restore", "promote-template", "demote-template"] {
+    holds(
+        !error.is_empty(),
+        format!("the state_error of {}", vm.name),
+        "a reason",
+        &error,
+    )?;
+    for operation in [
+        "start",
+        "stop",
+        "standby",
+        "restore",
+        "promote-template",
+        "demote-template",
+    ] {
         refused(409, "invalid_state", vm.try_act(operation)?)?;
     }
     refused(409, "invalid_state", vm.try_fork(json!({}))?)?;
@@ -106,7 +139,9 @@ fn is_broken(vm: &Vm) -> Result<(), Failure> {
 fn change_manifest(vm: &Vm, field: &str, value: Value) -> Result<String, Failure> {
     let path = vm.snapshot("manifest.json");
     let kept = fs::read_to_string(&path).map_err(Failure::file(&path))?;
-    let mut manifest: Value = serde_json::from_str(&kept).map_err(std::io::Error::from).map_err(Failure::file(&path))?;
+    let mut manifest: Value = serde_json::from_str(&kept)
+        .map_err(std::io::Error::from)
+        .map_err(Failure::file(&path))?;
     manifest[field] = value;
     write(&path, &manifest.to_string())?;
     Ok(kept)
@@ -117,7 +152,10 @@ fn write(path: &Path, content: &str) -> Result<(), Failure> {
 }
 
 fn clear(directory: &Path) -> Result<(), Failure> {
-    for entry in fs::read_dir(directory).map_err(Failure::file(directory))?.flatten() {
+    for entry in fs::read_dir(directory)
+        .map_err(Failure::file(directory))?
+        .flatten()
+    {
         fs::remove_file(entry.path()).map_err(Failure::file(entry.path()))?;
     }
     Ok(())
@@ -127,6 +165,9 @@ fn clear(directory: &Path) -> Result<(), Failure> {
 fn truncate(path: &Path) -> Result<(), Failure> {
     let size = fs::metadata(path).map_err(Failure::file(path))?.len();
     fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(Failure::file(path))?;
-    let file = OpenOptions::new().write(true).open(path).map_err(Failure::file(path))?;
+    let file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .map_err(Failure::file(path))?;
     file.set_len(size / 2).map_err(Failure::file(path))
 }

@@ -12,16 +12,46 @@ use super::world::World;
 use crate::client::{Body, Client};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("every operation in a Stopped instance does what the table says", |world| try_state(world, "Stopped")),
-    ("every operation in a Created instance does what the table says", |world| try_state(world, "Created")),
-    ("every operation in an Initializing instance does what the table says", |world| try_state(world, "Initializing")),
-    ("every operation in a Running instance does what the table says", |world| try_state(world, "Running")),
-    ("every operation in a Paused instance does what the table says", |world| try_state(world, "Paused")),
-    ("every operation in a Shutdown instance does what the table says", |world| try_state(world, "Shutdown")),
-    ("every operation in a Standby instance does what the table says", |world| try_state(world, "Standby")),
-    ("every operation in a Template does what the table says", |world| try_state(world, "Template")),
-    ("every operation in a Template with a live fork does what the table says", |world| try_state(world, IN_USE)),
-    ("every operation in an Unknown instance does what the table says", |world| try_state(world, "Unknown")),
+    (
+        "every operation in a Stopped instance does what the table says",
+        |world| try_state(world, "Stopped"),
+    ),
+    (
+        "every operation in a Created instance does what the table says",
+        |world| try_state(world, "Created"),
+    ),
+    (
+        "every operation in an Initializing instance does what the table says",
+        |world| try_state(world, "Initializing"),
+    ),
+    (
+        "every operation in a Running instance does what the table says",
+        |world| try_state(world, "Running"),
+    ),
+    (
+        "every operation in a Paused instance does what the table says",
+        |world| try_state(world, "Paused"),
+    ),
+    (
+        "every operation in a Shutdown instance does what the table says",
+        |world| try_state(world, "Shutdown"),
+    ),
+    (
+        "every operation in a Standby instance does what the table says",
+        |world| try_state(world, "Standby"),
+    ),
+    (
+        "every operation in a Template does what the table says",
+        |world| try_state(world, "Template"),
+    ),
+    (
+        "every operation in a Template with a live fork does what the table says",
+        |world| try_state(world, IN_USE),
+    ),
+    (
+        "every operation in an Unknown instance does what the table says",
+        |world| try_state(world, "Unknown"),
+    ),
     ("a fork begins in the state that is asked for", fork_targets),
 ];
 
@@ -46,8 +76,17 @@ const NO: Comes = Refused("invalid_state");
 const USED: Comes = Refused("template_in_use");
 
 const OPERATIONS: [&str; 11] = [
-    "start", "stop", "pause", "resume", "standby", "restore", "promote-template", "demote-template", "fork",
-    "fork from_running", "delete",
+    "start",
+    "stop",
+    "pause",
+    "resume",
+    "standby",
+    "restore",
+    "promote-template",
+    "demote-template",
+    "fork",
+    "fork from_running",
+    "delete",
 ];
 
 /// A row a state: what each of [`OPERATIONS`] comes to in it.
@@ -68,7 +107,10 @@ const TABLE: [(&str, [Comes; 11]); 10] = [
 
 fn try_state(world: &mut World, row: &'static str) -> Result<(), Failure> {
     let base = world.standby("base")?;
-    let (_, expected) = TABLE.into_iter().find(|(state, _)| *state == row).unwrap_or((row, [NO; 11]));
+    let (_, expected) = TABLE
+        .into_iter()
+        .find(|(state, _)| *state == row)
+        .unwrap_or((row, [NO; 11]));
     let mut wrong = Vec::new();
     for (number, (operation, comes)) in OPERATIONS.into_iter().zip(expected).enumerate() {
         let vm = reach(world, &base, row, number)?;
@@ -78,7 +120,12 @@ fn try_state(world: &mut World, row: &'static str) -> Result<(), Failure> {
         }
         leave(world, &vm)?;
     }
-    holds(wrong.is_empty(), format!("operations in {row}"), "as in the table", wrong.join("\n"))
+    holds(
+        wrong.is_empty(),
+        format!("operations in {row}"),
+        "as in the table",
+        wrong.join("\n"),
+    )
 }
 
 /// A new instance in this state, made of one on standby.
@@ -94,9 +141,8 @@ fn reach(world: &World, base: &Vm, row: &str, number: usize) -> Result<Vm, Failu
             answered(204, vmm.call(Method::PUT, "/api/v1/vm.shutdown", Body::Nothing)?)?;
             vm
         }
-        "Initializing" => {
-            world.create(world.request_with(&name, json!({"readiness": {"console": "this is never printed"}})))?
-        }
+        "Initializing" => world
+            .create(world.request_with(&name, json!({"readiness": {"console": "this is never printed"}})))?,
         "Running" | "Paused" | "Standby" => fork(row)?,
         "Shutdown" => {
             let vm = fork("Running")?;
@@ -134,7 +180,9 @@ fn try_operation(vm: &Vm, operation: &str, comes: Comes) -> Result<(), Failure> 
     let reply = match operation {
         "delete" => vm.try_delete()?,
         "fork" => vm.try_fork(json!({"name": format!("{}-made", vm.name)}))?,
-        "fork from_running" => vm.try_fork(json!({"name": format!("{}-made", vm.name), "from_running": true}))?,
+        "fork from_running" => {
+            vm.try_fork(json!({"name": format!("{}-made", vm.name), "from_running": true}))?
+        }
         operation => vm.try_act(operation)?,
     };
     match comes {
@@ -160,7 +208,11 @@ fn try_operation(vm: &Vm, operation: &str, comes: Comes) -> Result<(), Failure> 
             }
             let after = vm.show()?;
             for field in ["state", "pid", "generation", "is_template", "forks"] {
-                same(format!("`{field}` after the refusal"), before[field].clone(), after[field].clone())?;
+                same(
+                    format!("`{field}` after the refusal"),
+                    before[field].clone(),
+                    after[field].clone(),
+                )?;
             }
             Ok(())
         }
@@ -169,9 +221,18 @@ fn try_operation(vm: &Vm, operation: &str, comes: Comes) -> Result<(), Failure> 
 
 /// Deletes the instance and what was forked of it, so that the next one has the host to itself.
 fn leave(world: &World, vm: &Vm) -> Result<(), Failure> {
-    for name in [format!("{}-made", vm.name), format!("{}-fork", vm.name), vm.name.clone()] {
+    for name in [
+        format!("{}-made", vm.name),
+        format!("{}-fork", vm.name),
+        vm.name.clone(),
+    ] {
         let reply = world.client.delete(&format!("/instances/{name}"))?;
-        holds([204, 404].contains(&reply.status), format!("deleting {name}"), "204 or 404", &reply.body)?;
+        holds(
+            [204, 404].contains(&reply.status),
+            format!("deleting {name}"),
+            "204 or 404",
+            &reply.body,
+        )?;
     }
     Ok(())
 }
@@ -187,12 +248,26 @@ fn fork_targets(world: &mut World) -> Result<(), Failure> {
     let running = world.running("running")?;
     let possible = [
         (&stopped, false, vec!["Stopped", "Running"]),
-        (&on_standby, false, vec!["Running", "Paused", "Standby", "Stopped"]),
+        (
+            &on_standby,
+            false,
+            vec!["Running", "Paused", "Standby", "Stopped"],
+        ),
         (&template, false, vec!["Running", "Paused", "Standby", "Stopped"]),
         (&running, true, vec!["Running", "Paused", "Standby", "Stopped"]),
     ];
     for (source, from_running, targets) in possible {
-        for target in ["Stopped", "Created", "Initializing", "Running", "Paused", "Shutdown", "Standby", "Template", "Unknown"] {
+        for target in [
+            "Stopped",
+            "Created",
+            "Initializing",
+            "Running",
+            "Paused",
+            "Shutdown",
+            "Standby",
+            "Template",
+            "Unknown",
+        ] {
             let reply = source.try_fork(json!({"target_state": target, "from_running": from_running}))?;
             let what = format!("a fork of {} into {target}", source.name);
             if !targets.contains(&target) {
@@ -205,7 +280,11 @@ fn fork_targets(world: &mut World) -> Result<(), Failure> {
             let fork = world.vm(&made)?;
             // A fork that is booted may not have said yet that it is ready.
             fork.wait(target)?;
-            let template_of_it = if source.name == "template" { json!(template.id) } else { Value::Null };
+            let template_of_it = if source.name == "template" {
+                json!(template.id)
+            } else {
+                Value::Null
+            };
             same(what, template_of_it, made["fork_of_template"].clone())?;
             fork.delete()?;
         }

@@ -11,15 +11,24 @@ use crate::host;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("a guest with two vCPUs uses both, and so does its fork", two),
-    ("a fork uses two vCPUs that its template had already started", two_started),
-    ("a guest that spins is paused, resumed and put on standby, and spins on", spins),
+    (
+        "a fork uses two vCPUs that its template had already started",
+        two_started,
+    ),
+    (
+        "a guest that spins is paused, resumed and put on standby, and spins on",
+        spins,
+    ),
 ];
 
 /// An instance with two vCPUs whose guest is ready, if the host can do that at all.
 fn with_two(world: &World) -> Result<Vm, Failure> {
     let reply = world.try_create(world.request_with("pair", json!({"vcpus": 2})))?;
     if reply.status == 500 && !host::has_hardware_kvm() {
-        return Err(Failure::Skipped(format!("this host refuses a second vCPU: {}", reply.body)));
+        return Err(Failure::Skipped(format!(
+            "this host refuses a second vCPU: {}",
+            reply.body
+        )));
     }
     let vm = world.vm(&answered(201, reply)?)?;
     vm.wait("Running")?;
@@ -30,7 +39,9 @@ fn with_two(world: &World) -> Result<Vm, Failure> {
 fn uses_both(vm: &Vm) -> Result<(), Failure> {
     let cpus = vm.ask_for("cpus", "cpus")?;
     if cpus == "1" && !host::has_hardware_kvm() {
-        return Err(Failure::Skipped("this host's KVM does not start a second vCPU by INIT-SIPI".to_owned()));
+        return Err(Failure::Skipped(
+            "this host's KVM does not start a second vCPU by INIT-SIPI".to_owned(),
+        ));
     }
     same(format!("vCPUs that worked in {}", vm.name), "2".to_owned(), cpus)
 }
@@ -76,9 +87,18 @@ fn spins(world: &mut World) -> Result<(), Failure> {
         let mut console = GuestConsole::open(&world.client, &vm.id)?;
         console.write(b"\n")?;
         let spun = console.line_that("spin", |line| line.starts_with("ok spun="))?;
-        holds(spun != "ok spun=0", format!("what {} did meanwhile", vm.name), "some spins", &spun)?;
+        holds(
+            spun != "ok spun=0",
+            format!("what {} did meanwhile", vm.name),
+            "some spins",
+            &spun,
+        )?;
         vm.answers()?;
-        same(format!("the state of {}", vm.name), Value::from("Running"), vm.show()?["state"].clone())?;
+        same(
+            format!("the state of {}", vm.name),
+            Value::from("Running"),
+            vm.show()?["state"].clone(),
+        )?;
     }
     Ok(())
 }

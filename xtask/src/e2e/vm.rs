@@ -22,7 +22,12 @@ pub(super) struct Vm {
 
 impl Vm {
     pub(super) fn new(client: Client, dir: PathBuf, id: String, name: String) -> Self {
-        Self { client, dir, id, name }
+        Self {
+            client,
+            dir,
+            id,
+            name,
+        }
     }
 
     /// The directory of the instance.
@@ -54,13 +59,20 @@ impl Vm {
 
     pub(super) fn is_in(&self, state: &str) -> Result<(), Failure> {
         let shown = self.show()?;
-        holds(shown["state"] == state, format!("the state of {}", self.name), state, shown.to_string())
+        holds(
+            shown["state"] == state,
+            format!("the state of {}", self.name),
+            state,
+            shown.to_string(),
+        )
     }
 
     /// Its VMM's process.
     pub(super) fn pid(&self) -> Result<Pid, Failure> {
         let shown = self.show()?;
-        let pid = shown["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let pid = shown["pid"]
+            .as_i64()
+            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         pid.ok_or_else(|| Failure::Unexpected {
             what: format!("the process of {}", self.name),
             expected: "a pid".to_owned(),
@@ -69,7 +81,9 @@ impl Vm {
     }
 
     pub(super) fn try_act(&self, operation: &str) -> Result<Reply, Failure> {
-        Ok(self.client.post(&self.path(&format!("/{operation}")), Value::Null)?)
+        Ok(self
+            .client
+            .post(&self.path(&format!("/{operation}")), Value::Null)?)
     }
 
     /// Does an operation that answers 200.
@@ -81,13 +95,23 @@ impl Vm {
     pub(super) fn wait(&self, state: &str) -> Result<(), Failure> {
         let path = self.path(&format!("/wait?state={state}&timeout={WAIT_SECONDS}s"));
         let waited = answered(200, self.client.get(&path)?)?;
-        holds(waited["reached"] == true, format!("{} within {WAIT_SECONDS} s", self.name), state, waited.to_string())
+        holds(
+            waited["reached"] == true,
+            format!("{} within {WAIT_SECONDS} s", self.name),
+            state,
+            waited.to_string(),
+        )
     }
 
     /// Gives the guest a command; its answer, which is `ok ...`.
     pub(super) fn ask(&self, command: &str) -> Result<String, Failure> {
         let answer = guest_console::ask(&self.client, &self.id, command)?;
-        holds(answer.starts_with("ok"), format!("`{command}` to {}", self.name), "ok", &answer)?;
+        holds(
+            answer.starts_with("ok"),
+            format!("`{command}` to {}", self.name),
+            "ok",
+            &answer,
+        )?;
         Ok(answer)
     }
 
@@ -107,7 +131,11 @@ impl Vm {
 
     pub(super) fn write(&self, page: u64, count: u64, seed: u64) -> Result<(), Failure> {
         let written = self.ask_for(&format!("write {page} {count} {seed}"), "written")?;
-        same(format!("pages that {} has written", self.name), count.to_string(), written)
+        same(
+            format!("pages that {} has written", self.name),
+            count.to_string(),
+            written,
+        )
     }
 
     /// The guest's hash over pages of its memory.
@@ -116,7 +144,11 @@ impl Vm {
     }
 
     pub(super) fn answers(&self) -> Result<(), Failure> {
-        same(format!("`ping` to {}", self.name), "ok pong".to_owned(), self.ask("ping")?)
+        same(
+            format!("`ping` to {}", self.name),
+            "ok pong".to_owned(),
+            self.ask("ping")?,
+        )
     }
 
     pub(super) fn try_fork(&self, request: Value) -> Result<Reply, Failure> {
@@ -150,14 +182,29 @@ impl Vm {
     /// That the server does not know it any more.
     pub(super) fn is_gone(&self) -> Result<(), Failure> {
         refused(404, "not_found", self.client.get(&self.path(""))?)?;
-        holds(!self.dir.exists(), format!("the directory of {}", self.name), "none", &self.dir)
+        holds(
+            !self.dir.exists(),
+            format!("the directory of {}", self.name),
+            "none",
+            &self.dir,
+        )
     }
 
     /// Another instance, as an answer shows it.
     fn of(&self, instance: &Value) -> Result<Self, Failure> {
         let text = |field: &str| instance[field].as_str().unwrap_or_default().to_owned();
         let id = text("id");
-        holds(!id.is_empty(), format!("a fork of {}", self.name), "an instance", instance.to_string())?;
-        Ok(Self { client: self.client.clone(), dir: self.dir.with_file_name(&id), id, name: text("name") })
+        holds(
+            !id.is_empty(),
+            format!("a fork of {}", self.name),
+            "an instance",
+            instance.to_string(),
+        )?;
+        Ok(Self {
+            client: self.client.clone(),
+            dir: self.dir.with_file_name(&id),
+            id,
+            name: text("name"),
+        })
     }
 }

@@ -68,7 +68,12 @@ impl World {
     pub(super) fn vm(&self, instance: &Value) -> Result<Vm, Failure> {
         let text = |field: &str| instance[field].as_str().map(str::to_owned);
         match (text("id"), text("name")) {
-            (Some(id), Some(name)) => Ok(Vm::new(self.client.clone(), self.server.instances().join(&id), id, name)),
+            (Some(id), Some(name)) => Ok(Vm::new(
+                self.client.clone(),
+                self.server.instances().join(&id),
+                id,
+                name,
+            )),
             _ => Err(Failure::Unexpected {
                 what: "an instance".to_owned(),
                 expected: "an id and a name".to_owned(),
@@ -119,36 +124,41 @@ impl World {
         holds(left.is_empty(), "processes and directories", "none", &left)
     }
 
-    /// Deletes what there is, forks before their templates, and ends the server: nothing may be left.
-    pub(super) fn close(self) -> Result<(), Failure> {
+    /// Deletes what there is, forks before their templates: nothing may be left.
+    pub(super) fn clear(&self) -> Result<(), Failure> {
         loop {
-            let instances = self.list()?;
-            let mut last = None;
+            let mut refused = None;
             let mut deleted = 0;
-            for instance in &instances {
+            for instance in self.list()? {
                 let id = instance["id"].as_str().unwrap_or_default();
                 let reply = self.client.delete(&format!("/instances/{id}"))?;
                 if reply.status == 204 {
                     deleted += 1;
                 } else {
-                    last = Some(reply);
+                    refused = Some(reply);
                 }
             }
-            match last {
-                None => break,
+            match refused {
+                None => return self.is_empty(),
                 // A template goes after its forks: in the next round.
-                Some(reply) if deleted == 0 => answered(204, reply).map(drop)?,
-                Some(_) => {}
+                Some(_) if deleted > 0 => {}
+                Some(reply) => answered(204, reply).map(drop)?,
             }
         }
-        self.is_empty()?;
+    }
+
+    /// Ends the server, of which nothing may be left.
+    pub(super) fn finish(self) -> Result<(), Failure> {
         Ok(self.server.finish()?)
     }
 
     /// What the server and its VMMs said last.
     pub(super) fn last_words(&self) -> String {
         let mut words = format!("the server's log ends with:\n{}", self.server.log_tail());
-        let instances = std::fs::read_dir(self.server.instances()).into_iter().flatten().flatten();
+        let instances = std::fs::read_dir(self.server.instances())
+            .into_iter()
+            .flatten()
+            .flatten();
         for instance in instances.take(TOLD) {
             words.push_str(&tail(&instance.path(), "vmm.log"));
             words.push_str(&tail(&instance.path(), "console.log"));
@@ -164,7 +174,10 @@ fn tail(directory: &Path, file: &str) -> String {
             let content = String::from_utf8_lossy(&content).into_owned();
             let lines: Vec<&str> = content.lines().collect();
             let name = directory.file_name().unwrap_or_default().to_string_lossy();
-            format!("\n{name}/{file} ends with:\n{}", lines[lines.len().saturating_sub(4)..].join("\n"))
+            format!(
+                "\n{name}/{file} ends with:\n{}",
+                lines[lines.len().saturating_sub(4)..].join("\n")
+            )
         }
         Err(error) => format!("\n{}: {}", path.display(), report::chain(&error)),
     }
