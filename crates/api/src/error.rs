@@ -120,9 +120,9 @@ fn told(error: &EngineError) -> ApiError {
             .with("here", here.as_str()),
         EngineError::Store(error) => store(error),
         EngineError::Vmm { id, source } => ApiError::internal(vmm(id, source)),
-        EngineError::SourceNotRestored { source, .. } => {
+        EngineError::SourceNotRestored { forks, source, .. } => {
             let cause = told(source);
-            ApiError::internal(format!("{message}: {}", cause.body.message))
+            ApiError::internal(format!("{message}: {}", cause.body.message)).with("forks", texts(forks))
         }
         EngineError::Io { what, .. } => ApiError::internal(format!(
             "the server could not {what} a file of the instance; the server's log says which and why"
@@ -302,6 +302,7 @@ mod tests {
             }),
             EngineError::SourceNotRestored {
                 id: id(),
+                forks: vec!["web-1".parse().unwrap()],
                 source: Box::new(vmm(VmmError::Timeout {
                     call: Call::Restore,
                     after: Duration::from_secs(60),

@@ -2,12 +2,11 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use stencil_core::{HypervisorName, Readiness, VmSpec};
 
-use crate::{CreateRequest, Engine, EngineError};
+use crate::{CreateRequest, Engine, EngineError, kernel};
 
 /// Guest memory is given out in pages of this many bytes.
 const PAGE_BYTES: u64 = 4096;
@@ -15,12 +14,6 @@ const PAGE_BYTES: u64 = 4096;
 const LEAST_MEMORY_BYTES: u64 = 2 << 20;
 /// Longest text that a guest is expected to print when it is ready, in bytes.
 const LONGEST_READY_TEXT: usize = 1024;
-/// What an ELF file begins with.
-const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
-/// What a bzImage has at [`BZIMAGE_MAGIC_OFFSET`] (Linux, Documentation/arch/x86/boot.rst, "header").
-const BZIMAGE_MAGIC: &[u8; 4] = b"HdrS";
-const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
-
 fn invalid<T>(message: impl Into<String>) -> Result<T, EngineError> {
     Err(EngineError::Invalid(message.into()))
 }
@@ -89,14 +82,10 @@ fn host_memory_bytes() -> u64 {
 
 /// That what is booted is there, readable and of a kind that can be booted.
 pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
-    let kernel = open("kernel", &spec.kernel)?;
-    let starts_with = |magic: &[u8; 4], offset| {
-        let mut found = [0; 4];
-        kernel.read_exact_at(&mut found, offset).is_ok() && found == *magic
-    };
-    if !starts_with(ELF_MAGIC, 0) && !starts_with(BZIMAGE_MAGIC, BZIMAGE_MAGIC_OFFSET) {
+    let file = open("kernel", &spec.kernel)?;
+    if let Err(why) = kernel::check(&file) {
         return invalid(format!(
-            "kernel `{}` is no kernel; it takes an ELF with a PVH note or a bzImage",
+            "kernel `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",
             spec.kernel.display()
         ));
     }

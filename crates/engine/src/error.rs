@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use stencil_core::rules::Refusal;
-use stencil_core::{InstanceId, StoreError};
+use stencil_core::{InstanceId, InstanceName, StoreError};
 use stencil_vmm::VmmError;
 
 /// An operation that was not done.
@@ -64,13 +64,17 @@ pub enum EngineError {
         #[source]
         source: VmmError,
     },
-    /// A source that was put on standby to be forked could not be restored; its snapshot is kept.
+    /// A source that was put on standby to be forked could not be restored; its snapshot and its forks are kept.
     #[error(
-        "instance {id} was put on standby to be forked and could not be restored; it is in Standby, nothing is lost"
+        "instance {id} was put on standby to be forked and could not be restored: it is in Standby and nothing is lost; \
+         forks that were made and stay: {}",
+        names(forks)
     )]
     SourceNotRestored {
         /// The source.
         id: InstanceId,
+        /// The forks that were made of it.
+        forks: Vec<InstanceName>,
         /// Why.
         #[source]
         source: Box<EngineError>,
@@ -102,4 +106,15 @@ impl EngineError {
             source,
         }
     }
+}
+
+fn names(forks: &[InstanceName]) -> String {
+    if forks.is_empty() {
+        return "none".to_owned();
+    }
+    forks
+        .iter()
+        .map(InstanceName::as_str)
+        .collect::<Vec<_>>()
+        .join(", ")
 }

@@ -51,7 +51,9 @@ impl Engine {
             };
             let base = engine.fork_base(&source, request).await?;
             let made = engine.make_fork(&base, reservation, stopwatch).await;
-            engine.release(base).await?;
+            engine
+                .release(base, made.iter().filter_map(|fork| fork.name.clone()).collect())
+                .await?;
             made
         })
         .await
@@ -91,7 +93,10 @@ impl Engine {
                 }
             }
             if let Some(base) = Arc::into_inner(base) {
-                engine.release(base).await?;
+                let made = outcomes.iter().filter(|outcome| outcome.result.is_ok());
+                engine
+                    .release(base, made.map(|outcome| outcome.name.clone()).collect())
+                    .await?;
             }
             Ok(outcomes)
         })
@@ -146,7 +151,7 @@ impl Engine {
     }
 
     /// The forks are made: a source that ran before runs again.
-    async fn release(&self, base: ForkBase) -> Result<(), EngineError> {
+    async fn release(&self, base: ForkBase, forks: Vec<InstanceName>) -> Result<(), EngineError> {
         if let (ForkFrom::Running, Some(snapshot)) = (base.plan.from, base.snapshot) {
             let id = base.source.id;
             let facts = SnapshotFacts::Complete(snapshot.manifest);
@@ -156,6 +161,7 @@ impl Engine {
                 .await
                 .map_err(|failed| EngineError::SourceNotRestored {
                     id,
+                    forks,
                     source: Box::new(failed),
                 })?;
             base.source.finished(stopwatch.timings());

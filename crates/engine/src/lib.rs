@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `engine` | the [`Engine`]: what it owns, how it opens a data directory |
 //! | `requests`, `instance`, `error` | what goes in, what comes out |
-//! | `admission` | checks of a request against the host, before anything is made |
+//! | `admission`, `kernel` | checks of a request against the host, before anything is made |
 //! | `registry` | which instances there are, their names, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
@@ -55,6 +55,7 @@ mod engine;
 mod error;
 mod fork;
 mod instance;
+mod kernel;
 mod lifecycle;
 mod observe;
 mod readiness;

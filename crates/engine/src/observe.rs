@@ -159,8 +159,8 @@ impl Engine {
             Err(_) if !self.inner.registry.holds(slot) => {
                 return Err(EngineError::NotFound(slot.id.to_string()));
             }
-            Err(EngineError::Store(error @ StoreError::Unreadable { .. })) => {
-                instance.state_error = Some(chain(&error));
+            Err(EngineError::Store(StoreError::Unreadable { source, .. })) => {
+                instance.state_error = Some(format!("its metadata cannot be read: {}", chain(&source)));
             }
             Err(error) => return Err(error),
         }

@@ -51,7 +51,11 @@ impl World {
             let _ = stopped.await;
         }));
         // What passes for a kernel as long as nobody boots it.
-        fs::write(dir.path().join("guest.elf"), b"\x7fELF").unwrap();
+        fs::write(
+            dir.path().join("guest.elf"),
+            include_bytes!("../../../../fixtures/pvh-note.elf"),
+        )
+        .unwrap();
         Self {
             dir,
             client: Client::new(socket),

@@ -62,7 +62,11 @@ impl Server {
         )
         .unwrap();
         fs::set_permissions(dir.path().join("microvm"), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(dir.path().join("guest.elf"), b"\x7fELF").unwrap();
+        fs::write(
+            dir.path().join("guest.elf"),
+            include_bytes!("../../../../fixtures/pvh-note.elf"),
+        )
+        .unwrap();
         Self::start_in(dir)
     }
 

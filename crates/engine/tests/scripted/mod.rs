@@ -209,7 +209,7 @@ impl House {
 
     pub(crate) fn request(&self, name: &str) -> CreateRequest {
         let kernel = self.data.path().join("kernel.elf");
-        fs::write(&kernel, b"\x7fELF and more").unwrap();
+        fs::write(&kernel, include_bytes!("../../../../fixtures/pvh-note.elf")).unwrap();
         CreateRequest {
             name: Some(name.parse().unwrap()),
             hypervisor: "scripted".to_owned(),
