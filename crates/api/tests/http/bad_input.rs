@@ -95,7 +95,7 @@ async fn a_request_that_is_not_as_expected_says_where_and_why() {
         ),
         (
             "{\"kernel\": \"/etc/passwd\"}".to_owned(),
-            "is neither an ELF file nor a bzImage; it takes an ELF with a PVH note or a bzImage",
+            "is neither an ELF file nor a bzImage; it takes an x86-64 ELF with a PVH note, or a bzImage",
         ),
         (
             "{\"kernel\": \"/etc\"}".to_owned(),
