@@ -1,20 +1,19 @@
 //! What may be done in which state. Every function decides and touches nothing: a state goes in, and out comes
 //! [`Decision::Act`], [`Decision::AlreadyThere`] (nothing needs to be done), or a [`Refusal`] for the person who must act.
 //!
-//! | operation | acts in | is already there in |
-//! |---|---|---|
-//! | start | Stopped, Created, Shutdown | Initializing, Running |
-//! | stop | Created, Initializing, Running, Paused, Shutdown, Standby; Template without live forks | Stopped |
-//! | pause | Running | Paused |
-//! | resume | Paused | Initializing, Running |
-//! | standby | Running, Paused | Standby |
-//! | restore | Standby | Initializing, Running |
-//! | promote-template | Standby | |
-//! | demote-template | Template without live forks | |
-//! | fork | see [`fork`] | |
-//! | delete | every state, without live forks | |
+//! | operation | acts in | acts without live forks in | does nothing in |
+//! |---|---|---|---|
+//! | start | Stopped, Created, Shutdown |  | Initializing, Running |
+//! | stop | Created, Initializing, Running, Paused, Shutdown, Standby | Template | Stopped |
+//! | pause | Running |  | Paused |
+//! | resume | Paused |  | Initializing, Running |
+//! | standby | Running, Paused |  | Standby |
+//! | restore | Standby |  | Initializing, Running |
+//! | promote-template | Standby |  |  |
+//! | demote-template |  | Template |  |
+//! | delete |  | every state |  |
 //!
-//! Everything else is refused.
+//! Everything else is refused. [`fork()`] has a table of its own.
 
 mod fork;
 mod refusal;

@@ -1,18 +1,6 @@
 //! The states of an instance, and the one table of the edges between them.
 //!
-//! A state is derived from what is there (see [`observe`](crate::observe)) and never stored. What each one means:
-//!
-//! | state | what is true |
-//! |---|---|
-//! | Stopped | no VMM, no snapshot |
-//! | Created | a VMM is up and knows its VM, which is not booted |
-//! | Initializing | the VM runs, and its guest has not said in this epoch that it is ready |
-//! | Running | the VM runs, and its guest is ready, or is not asked |
-//! | Paused | the vCPUs are stopped |
-//! | Shutdown | the guest is down, its VMM is up |
-//! | Standby | no VMM, a complete snapshot |
-//! | Template | on standby as a template: it can be forked, and cannot wake |
-//! | Unknown | it cannot be told; there is an error that says why; only delete is allowed |
+//! A state is derived from what is there (see [`observe`](crate::observe)) and never stored.
 //!
 //! The machine: a life from left to right, and two ways down.
 //!
@@ -41,7 +29,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// The state of an instance; the module's documentation says what each one means.
+/// The state of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum State {
     /// No VMM, no snapshot.

@@ -47,12 +47,14 @@ pub struct ForkPlan {
 
 /// Decides how to fork `source`, which is in `state`.
 ///
-/// | source | a fork can begin as (first: by default) | made of |
-/// |---|---|---|
-/// | Stopped | Stopped, Running | the configuration |
-/// | Standby, Template | Running, Paused, Standby | the snapshot |
-/// | Running, with `from_running` | Running, Paused, Standby | a snapshot taken for it |
-/// | all of these | Stopped | the configuration; a running source is not interrupted for it |
+/// | source | begins by default as | made of a snapshot | made of the configuration |
+/// |---|---|---|---|
+/// | Stopped | Stopped |  | Stopped, Running |
+/// | Running, with `from_running` | Running | Running, Paused, Standby | Stopped |
+/// | Standby | Running | Running, Paused, Standby | Stopped |
+/// | Template | Running | Running, Paused, Standby | Stopped |
+///
+/// Made of the configuration, it boots on its own, and a running source is not interrupted for it.
 ///
 /// # Errors
 /// [`Refusal::InvalidState`] where the source cannot be forked, or not in that way; [`Refusal::InvalidTarget`] where

@@ -5,6 +5,7 @@
 )]
 
 mod crash;
+mod docs;
 mod fork;
 mod given;
 mod lock;

@@ -9,7 +9,7 @@ use stencil_core::{
 
 use crate::given;
 
-fn forks(count: usize) -> Vec<LiveFork> {
+pub(crate) fn forks(count: usize) -> Vec<LiveFork> {
     (1..=count)
         .map(|number| LiveFork {
             id: InstanceId::generate(),
@@ -19,7 +19,11 @@ fn forks(count: usize) -> Vec<LiveFork> {
 }
 
 /// Every operation but fork, as one function.
-fn decide(operation: Operation, state: State, forks: &[LiveFork]) -> Option<Result<Decision, Refusal>> {
+pub(crate) fn decide(
+    operation: Operation,
+    state: State,
+    forks: &[LiveFork],
+) -> Option<Result<Decision, Refusal>> {
     Some(match operation {
         Operation::Start => rules::start(state),
         Operation::Stop => rules::stop(state, forks),
