@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 
 use crate::id::InstanceId;
 
+/// The most bytes of a Unix socket's path: `sun_path` has 108, of which the last is a NUL (unix(7)).
+pub const MAX_SOCKET_PATH: usize = 107;
+
 /// The prefix of an instance's directory while it is being made.
 pub(crate) const NEW_PREFIX: &str = ".new-";
 /// The prefix of an instance's directory while it is being removed.
@@ -95,6 +98,11 @@ impl DataDir {
 pub struct InstanceDir(PathBuf);
 
 impl InstanceDir {
+    /// The name of the console log in it; a VMM is told this and not a path, so that a snapshot fits every fork.
+    pub const CONSOLE_LOG: &str = "console.log";
+    /// The name of the console's socket in it, for the same use.
+    pub const CONSOLE_SOCKET: &str = "console.sock";
+
     /// The instance's directory at `path`.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
@@ -122,13 +130,13 @@ impl InstanceDir {
     /// What its guest printed, of all epochs.
     #[must_use]
     pub fn console_log(&self) -> PathBuf {
-        self.0.join("console.log")
+        self.0.join(Self::CONSOLE_LOG)
     }
 
     /// The socket that leads to its guest's serial port.
     #[must_use]
     pub fn console_socket(&self) -> PathBuf {
-        self.0.join("console.sock")
+        self.0.join(Self::CONSOLE_SOCKET)
     }
 
     /// What its VMM said about itself.

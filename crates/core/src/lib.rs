@@ -10,6 +10,7 @@
 //! | [`id`], [`name`], [`generation`], [`hypervisor`] | checked types for what is otherwise a string |
 //! | [`layout`] | where everything lies below the data directory |
 //! | [`store`] | reads and writes it, so that a crash leaves each instance before or after the operation |
+//! | `versioned`, `error_chain` | the JSON files' schema numbers; an error with its causes in one line |
 //!
 //! Only [`store`] touches the file system; the rest is a function of its arguments.
 //!
@@ -40,6 +41,7 @@
 //! # }
 //! ```
 
+mod error_chain;
 pub mod generation;
 pub mod hypervisor;
 pub mod id;
@@ -51,8 +53,9 @@ pub mod observe;
 pub mod rules;
 pub mod state;
 pub mod store;
-pub mod versioned;
+mod versioned;
 
+pub use error_chain::error_chain;
 pub use generation::{GenerationError, MemoryGeneration, VmGeneration};
 pub use hypervisor::{HypervisorName, HypervisorNameError};
 pub use id::{InstanceId, InstanceIdError};

@@ -20,8 +20,6 @@ mod refusal;
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
-
 use crate::id::InstanceId;
 use crate::metadata::Metadata;
 use crate::name::InstanceName;
@@ -98,7 +96,7 @@ pub enum Decision {
 }
 
 /// A fork that was made of a template and still exists.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LiveFork {
     /// Its id.
     pub id: InstanceId,

@@ -25,7 +25,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::id::InstanceId;
-use crate::layout::{DEL_PREFIX, DataDir, NEW_PREFIX, TEMPORARY_PREFIX};
+use crate::layout::{DEL_PREFIX, DataDir, InstanceDir, MAX_SOCKET_PATH, NEW_PREFIX, TEMPORARY_PREFIX};
 use crate::metadata::Metadata;
 use crate::rules::LiveFork;
 
@@ -34,9 +34,6 @@ use lock::Lock;
 
 pub use error::{StoreError, UnreadableCause};
 pub use new_instance::NewInstance;
-
-/// The most bytes of a Unix socket's path: `sun_path` has 108, of which the last is a NUL (unix(7)).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// What a write must survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,16 +210,14 @@ impl Store {
         for path in atomic::list(&instances)? {
             if self.is_leftover(&path) {
                 found.push(path);
-            } else if path.is_dir() {
-                found.extend(
-                    atomic::list(&path)?
-                        .into_iter()
-                        .filter(|path| self.is_leftover(path)),
-                );
-                let snapshot = path.join("snapshot");
-                if snapshot.is_dir() {
+            } else {
+                let snapshot = InstanceDir::new(&path).snapshot();
+                for dir in [path.as_path(), snapshot.path()]
+                    .into_iter()
+                    .filter(|dir| dir.is_dir())
+                {
                     found.extend(
-                        atomic::list(&snapshot)?
+                        atomic::list(dir)?
                             .into_iter()
                             .filter(|path| self.is_leftover(path)),
                     );

@@ -204,8 +204,8 @@ fn vm_config(spec: &VmSpec, generation: &VmGeneration) -> Result<VmConfig, VmmEr
         }),
         serial: SerialConfig {
             mode: SerialMode::Socket,
-            file: Some("console.log".to_owned()),
-            socket: Some("console.sock".to_owned()),
+            file: Some(InstanceDir::CONSOLE_LOG.to_owned()),
+            socket: Some(InstanceDir::CONSOLE_SOCKET.to_owned()),
         },
         generation: Some(generation.to_string()),
         ..VmConfig::default()

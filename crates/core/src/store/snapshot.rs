@@ -4,6 +4,7 @@ use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 
+use crate::error_chain;
 use crate::id::InstanceId;
 use crate::layout::SnapshotDir;
 use crate::manifest::SnapshotManifest;
@@ -28,7 +29,7 @@ impl Store {
                 None => SnapshotFacts::Complete(manifest),
                 Some(reason) => broken(reason),
             },
-            Err(error) => broken(format!("its manifest cannot be read: {}", with_source(&error))),
+            Err(error) => broken(format!("its manifest cannot be read: {}", error_chain(&error))),
         }
     }
 
@@ -81,7 +82,7 @@ pub(super) fn complete(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result
     }
     let bytes = manifest.to_json().map_err(|error| StoreError::BrokenSnapshot {
         path: dir.path().to_owned(),
-        reason: format!("its manifest cannot be written: {}", with_source(&error)),
+        reason: format!("its manifest cannot be written: {}", error_chain(&error)),
     })?;
     // The names of the files, before the manifest says that they are there.
     atomic::sync_dir(dir.path())?;
@@ -106,13 +107,5 @@ fn fault(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Option<String> {
             Err(error) if error.kind() == ErrorKind::NotFound => Some(format!("{name} is missing")),
             Err(error) => Some(format!("{name} cannot be looked at: {error}")),
         },
-    )
-}
-
-/// An error with its causes in one line, for a reason that is text.
-fn with_source(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(
-        || error.to_string(),
-        |source| format!("{error}: {}", with_source(source)),
     )
 }
