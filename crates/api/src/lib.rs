@@ -12,7 +12,7 @@
 //! | `body` | reads requests: bounded, strict, and polite to those who send too much |
 //! | `error` | the one place where an engine's error becomes a status, a code and a message |
 //! | `log` | one line for each request, after its reply |
-//! | [`server`], `socket` | listeners and their end |
+//! | [`server`], `socket`, `closing` | listeners and their end |
 //! | [`client`] | one method for each route |
 //!
 //! Nothing here decides what an instance may do: a request is checked for its form, given to the engine, and what
@@ -37,6 +37,7 @@
 
 mod body;
 pub mod client;
+mod closing;
 mod error;
 mod handlers;
 mod log;

@@ -5,8 +5,8 @@ use axum::http::{Method, Uri};
 use axum::routing::{get, post};
 use axum::{Router, middleware};
 use stencil_engine::Engine;
-use tokio::sync::watch;
 
+use crate::closing::Closing;
 use crate::error::ApiError;
 use crate::handlers::{console, forks, instances, lifecycle, service, wait};
 use crate::log;
@@ -27,18 +27,6 @@ impl FromRef<App> for Engine {
 impl FromRef<App> for Closing {
     fn from_ref(app: &App) -> Self {
         app.closing.clone()
-    }
-}
-
-/// Whether the server is about to end; what would otherwise go on for long ends early then.
-#[derive(Clone, Debug)]
-pub(crate) struct Closing(pub(crate) watch::Receiver<bool>);
-
-impl Closing {
-    /// Returns when the server is about to end.
-    pub(crate) async fn begun(mut self) {
-        // An error means that the server is gone already.
-        let _ = self.0.wait_for(|closing| *closing).await;
     }
 }
 

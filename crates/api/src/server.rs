@@ -2,15 +2,18 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use stencil_engine::Engine;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
-use crate::routes::{App, Closing, router};
+use crate::closing::Closing;
+use crate::routes::{App, router};
 use crate::socket::{self, SocketName};
+
+pub use crate::socket::SocketError;
 
 /// How long operations that have begun may go on when the server is to end. What is longer is left half-way, and the
 /// next server finds each instance as it was before the operation or as it is after it.
@@ -19,36 +22,9 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Why the server cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// Somebody listens there already.
-    #[error("a server listens at {} already; stop it, or choose another socket", path.display())]
-    InUse {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// Something else has the name.
-    #[error("{} is there and is no socket; it is left alone: choose another name", path.display())]
-    NotASocket {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The path does not fit into a socket's address.
-    #[error("{} is too long for a socket; at most {limit} bytes fit: choose a shorter one", path.display())]
-    PathTooLong {
-        /// The path.
-        path: PathBuf,
-        /// How many bytes fit.
-        limit: usize,
-    },
-    /// The system refused.
-    #[error("cannot {what} the socket {}", path.display())]
-    Socket {
-        /// What was tried, as a verb.
-        what: &'static str,
-        /// The socket.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    /// Not on the Unix socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The system refused.
     #[error("cannot listen on {address}")]
     Tcp {
@@ -85,7 +61,7 @@ impl Server {
             None => None,
         };
         let (unix, name) = socket::listen_at(socket)?;
-        let unix = UnixListener::from_std(unix).map_err(|source| ServeError::Socket {
+        let unix = UnixListener::from_std(unix).map_err(|source| SocketError::Io {
             what: "watch",
             path: socket.to_owned(),
             source,

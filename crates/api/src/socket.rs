@@ -12,15 +12,47 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
+use stencil_core::layout::MAX_SOCKET_PATH;
 
-use crate::server::ServeError;
-
-/// The most bytes of a socket's path: `sun_path` has 108, and the last one is 0 (unix(7)).
-const LONGEST_PATH: usize = 107;
 /// Only the owner reads and writes, and so connects.
 const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 /// Connections that wait to be accepted; the kernel cuts it to its own limit.
 const BACKLOG: i32 = 1024;
+
+/// Why there is no listening at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Somebody listens there already.
+    #[error("a server listens at {} already; stop it, or choose another socket", path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else has the name.
+    #[error("{} is there and is no socket; it is left alone: choose another name", path.display())]
+    NotASocket {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The path does not fit into a socket's address.
+    #[error("{} is too long for a socket; at most {limit} bytes fit: choose a shorter one", path.display())]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// How many bytes fit.
+        limit: usize,
+    },
+    /// The system refused.
+    #[error("cannot {what} the socket {}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
 
 /// A socket's name in the file system, removed when this is dropped if it is still this socket's.
 #[derive(Debug)]
@@ -30,17 +62,17 @@ pub(crate) struct SocketName {
 }
 
 /// Listens at `path`; a socket that nobody listens on any more is replaced.
-pub(crate) fn listen_at(path: &Path) -> Result<(UnixListener, SocketName), ServeError> {
+pub(crate) fn listen_at(path: &Path) -> Result<(UnixListener, SocketName), SocketError> {
     let io = |what| {
-        move |errno: Errno| ServeError::Socket {
+        move |errno: Errno| SocketError::Io {
             what,
             path: path.to_owned(),
             source: errno.into(),
         }
     };
-    let too_long = || ServeError::PathTooLong {
+    let too_long = || SocketError::PathTooLong {
         path: path.to_owned(),
-        limit: LONGEST_PATH,
+        limit: MAX_SOCKET_PATH,
     };
     refuse_if_taken(path)?;
 
@@ -61,7 +93,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<(UnixListener, SocketName), Serve
     fchmod(&socket, OWNER_ONLY).map_err(io("restrict"))?;
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(ServeError::Socket {
+            return Err(SocketError::Io {
                 what: "replace",
                 path: temporary,
                 source: error,
@@ -82,7 +114,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<(UnixListener, SocketName), Serve
         Ok(name) => Ok((UnixListener::from(socket), name)),
         Err(source) => {
             let _ = fs::remove_file(&temporary);
-            Err(ServeError::Socket {
+            Err(SocketError::Io {
                 what: "name",
                 path: path.to_owned(),
                 source,
@@ -92,8 +124,8 @@ pub(crate) fn listen_at(path: &Path) -> Result<(UnixListener, SocketName), Serve
 }
 
 /// Fails if a server listens at `path`, or if what is there is no socket.
-fn refuse_if_taken(path: &Path) -> Result<(), ServeError> {
-    let failed = |source: io::Error| ServeError::Socket {
+fn refuse_if_taken(path: &Path) -> Result<(), SocketError> {
+    let failed = |source: io::Error| SocketError::Io {
         what: "look at",
         path: path.to_owned(),
         source,
@@ -101,7 +133,7 @@ fn refuse_if_taken(path: &Path) -> Result<(), ServeError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.file_type().is_socket() => {}
         Ok(_) => {
-            return Err(ServeError::NotASocket {
+            return Err(SocketError::NotASocket {
                 path: path.to_owned(),
             });
         }
@@ -115,15 +147,15 @@ fn refuse_if_taken(path: &Path) -> Result<(), ServeError> {
         None,
     )
     .map_err(|errno| failed(errno.into()))?;
-    let address = SocketAddrUnix::new(path).map_err(|_| ServeError::PathTooLong {
+    let address = SocketAddrUnix::new(path).map_err(|_| SocketError::PathTooLong {
         path: path.to_owned(),
-        limit: LONGEST_PATH,
+        limit: MAX_SOCKET_PATH,
     })?;
     match connect(&probe, &address) {
         // Refused: the socket outlived its server.
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
         // Again: a server is there and is behind with accepting.
-        Ok(()) | Err(Errno::AGAIN) => Err(ServeError::InUse {
+        Ok(()) | Err(Errno::AGAIN) => Err(SocketError::InUse {
             path: path.to_owned(),
         }),
         Err(errno) => Err(failed(errno.into())),
@@ -163,7 +195,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let _server = listen_at(&path).unwrap();
-        assert!(matches!(listen_at(&path), Err(ServeError::InUse { .. })));
+        assert!(matches!(listen_at(&path), Err(SocketError::InUse { .. })));
         UnixStream::connect(&path).unwrap();
     }
 
@@ -193,14 +225,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes");
         fs::write(&path, "mine").unwrap();
-        assert!(matches!(listen_at(&path), Err(ServeError::NotASocket { .. })));
+        assert!(matches!(listen_at(&path), Err(SocketError::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 
     #[test]
     fn a_path_that_no_client_could_use_is_told_with_the_limit() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s".repeat(LONGEST_PATH));
+        let path = dir.path().join("s".repeat(MAX_SOCKET_PATH));
         let error = listen_at(&path).unwrap_err().to_string();
         assert!(
             error.ends_with("at most 107 bytes fit: choose a shorter one"),

@@ -8,12 +8,13 @@ use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::IntoResponse;
 use futures_util::{StreamExt, stream};
+use stencil_core::error_chain;
 use stencil_engine::Engine;
 
 use crate::body::{Asked, ConsoleInput, Reference};
-use crate::error::{ApiError, chain};
+use crate::closing::Closing;
+use crate::error::ApiError;
 use crate::request::ReadConsole;
-use crate::routes::Closing;
 
 /// A reply that ends with an error is cut off, which a client can tell from one that is complete.
 pub(crate) async fn read(
@@ -24,7 +25,10 @@ pub(crate) async fn read(
 ) -> Result<impl IntoResponse, ApiError> {
     let output = engine.console(&id, asked.tail, asked.follow)?.map(|chunk| {
         chunk.map_err(|error| {
-            tracing::error!(error = chain(&error), "a console cannot be read any further");
+            tracing::error!(
+                error = error_chain(&error),
+                "a console cannot be read any further"
+            );
             io::Error::other("the console cannot be read any further")
         })
     });

@@ -4,10 +4,10 @@ use axum::extract::State;
 use stencil_engine::Engine;
 
 use crate::body::{Asked, Reference};
+use crate::closing::Closing;
 use crate::error::ApiError;
 use crate::reply::Waited;
 use crate::request::WaitFor;
-use crate::routes::Closing;
 
 pub(crate) async fn wait(
     State(engine): State<Engine>,

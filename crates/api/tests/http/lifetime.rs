@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::json;
 use stencil_api::client::ClientError;
-use stencil_api::server::{ServeError, Server};
+use stencil_api::server::{ServeError, Server, SocketError};
 use stencil_core::{State, StoreError};
 use stencil_engine::EngineError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,7 +45,10 @@ async fn a_socket_in_use_is_refused_and_the_first_server_goes_on() {
     let other = tempfile::tempdir().unwrap();
     let engine = open(&other.path().join("data")).await.unwrap();
     let second = Server::bind(engine, world.client.socket(), None).await;
-    assert!(matches!(second, Err(ServeError::InUse { .. })));
+    assert!(matches!(
+        second,
+        Err(ServeError::Socket(SocketError::InUse { .. }))
+    ));
     world.client.health().await.unwrap();
 }
 
