@@ -80,14 +80,10 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        let (parts, body) = request.into_parts();
-        query::<Nothing>(&parts)?;
-        let body = read(&parts.headers, body, JSON_LIMIT, "a JSON body").await?;
-        if body.is_empty() {
-            return Err(ApiError::invalid("the body is empty; it takes a JSON object"));
-        }
-        check_content_type(&parts.headers)?;
-        parse(&body).map(Self)
+        json(request)
+            .await?
+            .map(Self)
+            .ok_or_else(|| ApiError::invalid("the body is empty; it takes a JSON object"))
     }
 }
 
@@ -98,14 +94,7 @@ impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for MaybeJson
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        let (parts, body) = request.into_parts();
-        query::<Nothing>(&parts)?;
-        let body = read(&parts.headers, body, JSON_LIMIT, "a JSON body").await?;
-        if body.is_empty() {
-            return Ok(Self(T::default()));
-        }
-        check_content_type(&parts.headers)?;
-        parse(&body).map(Self)
+        json(request).await.map(|asked| Self(asked.unwrap_or_default()))
     }
 }
 
@@ -133,6 +122,18 @@ fn query<T: DeserializeOwned>(parts: &request::Parts) -> Result<T, ApiError> {
     let Query(asked) =
         Query::try_from_uri(&parts.uri).map_err(|rejection| ApiError::invalid(rejection.body_text()))?;
     Ok(asked)
+}
+
+/// A JSON body, or `None` where there is no body.
+async fn json<T: DeserializeOwned>(request: Request) -> Result<Option<T>, ApiError> {
+    let (parts, body) = request.into_parts();
+    query::<Nothing>(&parts)?;
+    let body = read(&parts.headers, body, JSON_LIMIT, "a JSON body").await?;
+    if body.is_empty() {
+        return Ok(None);
+    }
+    check_content_type(&parts.headers)?;
+    parse(&body).map(Some)
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

@@ -1,4 +1,4 @@
-//! The one place where an error becomes a status, a code, a message and details.
+//! The one place where an error becomes a status, a code, a message and details; the code of a refusal is the rules' own.
 //!
 //! What is the client's doing is told in full. What is the host's (500) is told without any path of the host; the
 //! whole chain of causes goes to the log, within the span of its request.
@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use stencil_core::rules::Refusal;
-use stencil_core::{InstanceId, StoreError};
+use stencil_core::{InstanceId, StoreError, error_chain};
 use stencil_engine::EngineError;
 use stencil_vmm::VmmError;
 
@@ -93,7 +93,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let told = told(&error);
         if told.status.is_server_error() {
-            tracing::error!(error = chain(&error), code = %told.body.code, "a request failed");
+            tracing::error!(error = error_chain(&error), code = %told.body.code, "a request failed");
         }
         told
     }
@@ -187,21 +187,6 @@ fn vmm(id: &InstanceId, error: &VmmError) -> String {
 
 fn texts<T: ToString>(things: &[T]) -> Vec<String> {
     things.iter().map(ToString::to_string).collect()
-}
-
-/// An error and its sources in one line; a source that only repeats is left out.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let text = cause.to_string();
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        source = cause.source();
-    }
-    line
 }
 
 #[cfg(test)]
@@ -336,21 +321,9 @@ mod tests {
     fn no_path_of_the_host_is_told_and_all_of_them_are_in_the_chain() {
         for error in all() {
             let names_a_path = format!("{error:?}").contains(SECRET);
-            assert_eq!(chain(&error).contains(SECRET), names_a_path, "{error:?}");
+            assert_eq!(error_chain(&error).contains(SECRET), names_a_path, "{error:?}");
             let told = serde_json::to_string(&ApiError::from(error).body).unwrap();
             assert!(!told.contains("secret"), "{told}");
         }
-    }
-
-    #[test]
-    fn a_chain_does_not_repeat_itself() {
-        let error = EngineError::from(stencil_core::rules::promote(State::Running).unwrap_err());
-        assert_eq!(chain(&error), error.to_string());
-        let error = EngineError::Io {
-            what: "read",
-            path: "/a".into(),
-            source: denied(),
-        };
-        assert_eq!(chain(&error), "could not read /a: permission denied");
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::json;
 use stencil_api::client::ClientError;
 use stencil_api::server::ServeError;
-use stencil_core::State;
+use stencil_core::{State, error_chain};
 use stencil_engine::EngineError;
 use stencil_vmm::VmmError;
 
@@ -62,16 +62,7 @@ impl Failure {
 
     /// The error and its causes, its code, and a hint where the message has none.
     pub(crate) fn sentence(&self) -> String {
-        let mut sentence = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            let text = cause.to_string();
-            if !sentence.ends_with(&text) {
-                sentence.push_str(": ");
-                sentence.push_str(&text);
-            }
-            source = cause.source();
-        }
+        let sentence = error_chain(self);
         match self {
             Self::Client(ClientError::Refused { body, .. }) => format!("{sentence} [{}]", body.code),
             Self::Client(ClientError::NoServer { .. }) => {
