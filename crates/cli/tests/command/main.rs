@@ -8,6 +8,7 @@
 )]
 
 mod client;
+mod promises;
 mod serve;
 mod stencil;
 mod usage;
