@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::Scenario;
-use super::failure::{Failure, answered, holds, same};
+use super::failure::{Failure, answered, holds, refused, same};
 use super::world::World;
 use crate::arrivals::{Arrival, Arrivals};
 use crate::processes;
@@ -265,7 +265,7 @@ fn vmm_killed(world: &mut World) -> Result<(), Failure> {
         same("its pid", json!(null), vm.show()?["pid"].clone())?;
     }
     // The dead fork is still a fork, and the instance can be started again.
-    super::failure::refused(409, "template_in_use", template.try_delete()?)?;
+    refused(409, "template_in_use", template.try_delete()?)?;
     vm.act("start")?;
     vm.wait("Running")?;
     vm.answers()?;

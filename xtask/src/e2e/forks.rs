@@ -8,7 +8,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::Scenario;
-use super::failure::{Failure, answered, holds, same};
+use super::failure::{Failure, answered, holds, refused, same};
 use super::world::World;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -30,7 +30,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "forks of a Standby instance are not counted as live forks of a template",
         of_standby,
     ),
-    ("of forks that take a taken name, those that work stay", some_work),
+    (
+        "forks of one request leave out names that are taken, and a request that can make none makes none",
+        some_names_taken,
+    ),
     (
         "a template is untouched by the death of its forks' source files",
         template_outlives_demote,
@@ -142,7 +145,7 @@ fn fork_becomes_template(world: &mut World) -> Result<(), Failure> {
     }
     // A template that is a fork itself is a live fork of its own template.
     let reply = template.try_act("demote-template")?;
-    let error = super::failure::refused(409, "template_in_use", reply)?;
+    let error = refused(409, "template_in_use", reply)?;
     same(
         "the fork that is named",
         json!(child.id),
@@ -222,7 +225,7 @@ fn of_standby(world: &mut World) -> Result<(), Failure> {
     same("the fork's counter without its source", 2, fork.count()?)
 }
 
-fn some_work(world: &mut World) -> Result<(), Failure> {
+fn some_names_taken(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
     template.fork(json!({"name": "job-2"}))?;
     let made = answered(
@@ -242,12 +245,12 @@ fn some_work(world: &mut World) -> Result<(), Failure> {
     )
 }
 
-fn template_outlives_demote(world: &mut World) -> Result<(), Failure> {
+fn began_on_standby(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
     let linked = template.fork(json!({"name": "linked", "target_state": "Standby"}))?;
     let memory = template.snapshot("memory-ranges");
     let before = sha256(&memory)?;
-    // The fork on standby may share the template's file; waking it, working and putting it on standby may not change it.
+    // It may share the template's file; waking it, its work and its own standby may not change that.
     linked.act("restore")?;
     linked.write(0, 256, 77)?;
     linked.act("standby")?;

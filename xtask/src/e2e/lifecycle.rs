@@ -1,5 +1,6 @@
 //! An instance's whole life, looking it up, and waiting for it.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use serde_json::json;
@@ -26,6 +27,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     ),
     ("delete leaves no process, no file and no socket", deleted),
     ("a shown instance tells all of itself", shown),
+    (
+        "the server's socket and directories are for its user alone",
+        for_its_user_alone,
+    ),
 ];
 
 fn whole_life(world: &mut World) -> Result<(), Failure> {
@@ -319,4 +324,20 @@ fn shown(world: &mut World) -> Result<(), Failure> {
         told["forks"].clone(),
     )?;
     same("the pid of a template", json!(null), told["pid"].clone())
+}
+
+fn for_its_user_alone(world: &mut World) -> Result<(), Failure> {
+    let data = world.server.data();
+    let [socket, instances, templates] =
+        ["stencil.sock", "instances", "templates"].map(|name| data.join(name));
+    for (path, expected) in [(socket, 0o600), (instances, 0o700), (templates, 0o700)] {
+        let metadata = std::fs::metadata(&path).map_err(Failure::file(&path))?;
+        let mode = metadata.permissions().mode() & 0o777;
+        same(
+            format!("the permissions of {}", path.display()),
+            format!("{expected:o}"),
+            format!("{mode:o}"),
+        )?;
+    }
+    Ok(())
 }
