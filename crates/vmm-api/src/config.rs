@@ -21,7 +21,7 @@ pub struct VmConfig {
     /// *Extension.* The VM generation id that the guest has when it boots, 32 hexadecimal digits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<String>,
-    /// Everything else that the VMM says of its VM, kept as it is.
+    /// Every other field, kept as it is; those of the parts above are not.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }

@@ -23,8 +23,8 @@ pub struct RestoreRequest {
     /// Whether the vCPUs run when the call answers.
     #[serde(default)]
     pub resume: bool,
-    /// *Extension.* The VM generation id of the new machine, 32 hexadecimal digits. Given when the restore is a
-    /// fork; without it the guest keeps the id that it had.
+    /// *Extension.* The VM generation id of the machine, 32 hexadecimal digits. Another id than the snapshot has makes
+    /// it a new machine, a fork; without one, or with the same, the guest stays who it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<String>,
 }

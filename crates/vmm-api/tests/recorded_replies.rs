@@ -1,4 +1,4 @@
-//! The types read what a real Cloud Hypervisor v53.0 answered, and lose nothing of it.
+//! The types read what a real Cloud Hypervisor v53.0 answered, with the many fields that Stencil does not use.
 
 use stencil_vmm_api::{ErrorBody, PingReply, VmInfo, VmState};
 
