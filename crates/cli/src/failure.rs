@@ -15,7 +15,7 @@ use stencil_vmm::VmmError;
 pub(crate) enum Failure {
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// The state was not reached in time, or cannot be reached any more.
+    /// The state was not reached in time.
     #[error("{name} is {state}, not {wanted}")]
     NotReached {
         name: String,
@@ -24,7 +24,7 @@ pub(crate) enum Failure {
     },
     /// What failed was told one by one.
     #[error("{failed} of {all} failed")]
-    Some { failed: usize, all: usize },
+    SomeFailed { failed: usize, all: usize },
     #[error("cannot read the standard input")]
     Input(#[source] io::Error),
     #[error("cannot write to the standard output")]

@@ -14,6 +14,7 @@ const PAGE_BYTES: u64 = 4096;
 const LEAST_MEMORY_BYTES: u64 = 2 << 20;
 /// Longest text that a guest is expected to print when it is ready, in bytes.
 const LONGEST_READY_TEXT: usize = 1024;
+
 fn invalid<T>(message: impl Into<String>) -> Result<T, EngineError> {
     Err(EngineError::Invalid(message.into()))
 }

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use stencil_core::{Durability, Epoch, EpochKind, InstanceDir, InstanceId, Metadata, VmSpec, VmmRecord};
+use stencil_core::{
+    Durability, Epoch, EpochKind, InstanceDir, InstanceId, Metadata, VmSpec, VmmRecord, error_chain,
+};
 use stencil_vmm::{Hypervisor, Restore, VmmError, VmmProcess};
 use tokio::sync::SemaphorePermit;
 
 use crate::admission::check_boot_files;
 use crate::instance::Stopwatch;
-use crate::observe::chain;
 use crate::readiness::ReadyScan;
 use crate::registry::{RunningVmm, Slot};
 use crate::suspend::SnapshotSource;
@@ -98,7 +99,8 @@ impl Engine {
         let restore = Restore {
             snapshot: &source.dir,
             memory_mode: metadata.memory_mode.unwrap_or_default(),
-            generation: (began == EpochKind::Fork).then_some(&metadata.generation),
+            // Also when it wakes by itself: a fork that began on standby has its source's identity in its snapshot.
+            generation: &metadata.generation,
         };
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
@@ -134,7 +136,7 @@ impl Engine {
         process: &VmmProcess,
     ) {
         if let Err(error) = hypervisor.stop(dir, process).await {
-            tracing::error!(instance = %id, error = chain(&error), "a VMM that failed could not be stopped");
+            tracing::error!(instance = %id, error = error_chain(&error), "a VMM that failed could not be stopped");
         }
     }
 

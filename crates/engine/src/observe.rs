@@ -2,7 +2,7 @@
 
 use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
-use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmmFacts};
+use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmmFacts, error_chain};
 
 use crate::registry::Slot;
 use crate::{Engine, EngineError, Filter, Instance};
@@ -79,7 +79,7 @@ impl Engine {
             Err(error) => match running.process.has_exited() {
                 Some(exit) => ended(exit),
                 None => VmmFacts::Silent {
-                    reason: format!("process {pid} does not answer: {}", chain(&error)),
+                    reason: format!("process {pid} does not answer: {}", error_chain(&error)),
                 },
             },
         }
@@ -148,9 +148,10 @@ impl Engine {
                     match self.live_forks(slot).await {
                         Ok(forks) => instance.forks = Some(forks),
                         Err(error) => {
-                            instance
-                                .state_error
-                                .get_or_insert(format!("its forks cannot be counted: {}", chain(&error)));
+                            instance.state_error.get_or_insert(format!(
+                                "its forks cannot be counted: {}",
+                                error_chain(&error)
+                            ));
                         }
                     }
                 }
@@ -160,7 +161,7 @@ impl Engine {
                 return Err(EngineError::NotFound(slot.id.to_string()));
             }
             Err(EngineError::Store(StoreError::Unreadable { source, .. })) => {
-                instance.state_error = Some(format!("its metadata cannot be read: {}", chain(&source)));
+                instance.state_error = Some(format!("its metadata cannot be read: {}", error_chain(&source)));
             }
             Err(error) => return Err(error),
         }
@@ -172,16 +173,4 @@ impl Engine {
         let id = slot.id;
         self.on_disk(move |store| store.live_forks(&id)).await
     }
-}
-
-/// An error and its sources in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    line
 }

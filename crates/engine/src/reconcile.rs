@@ -2,10 +2,9 @@
 
 use std::collections::HashSet;
 
-use stencil_core::{Metadata, ProcessIdentity};
+use stencil_core::{Metadata, ProcessIdentity, error_chain};
 use stencil_vmm::{VmmProcess, stray_processes};
 
-use crate::observe::chain;
 use crate::registry::Slot;
 use crate::{Engine, EngineError};
 
@@ -19,7 +18,7 @@ impl Engine {
                     self.reattach(metadata);
                 }
                 Err(error) => {
-                    tracing::error!(instance = %found.id, error = chain(&error), "metadata cannot be read");
+                    tracing::error!(instance = %found.id, error = error_chain(&error), "metadata cannot be read");
                     self.inner.registry.add(Slot::new(found.id, None));
                 }
             }
@@ -65,7 +64,7 @@ impl Engine {
                 tracing::warn!(instance = %slot.id, pid = record.process.pid, "its VMM ended while no server watched it");
             }
             Err(error) => {
-                tracing::error!(instance = %slot.id, pid = record.process.pid, error = chain(&error), "cannot tell whether its VMM runs");
+                tracing::error!(instance = %slot.id, pid = record.process.pid, error = error_chain(&error), "cannot tell whether its VMM runs");
             }
         }
     }
@@ -80,7 +79,7 @@ impl Engine {
         if let Err(error) = ended {
             tracing::error!(
                 pid = identity.pid,
-                error = chain(&error),
+                error = error_chain(&error),
                 "a VMM that was left behind could not be ended"
             );
         }

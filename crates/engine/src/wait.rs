@@ -17,8 +17,8 @@ pub struct WaitOutcome {
 }
 
 impl Engine {
-    /// Waits until the instance is in `state`, at most for `timeout`. It ends early, unreached, when the state cannot be
-    /// told any more.
+    /// Waits until the instance is in `state`, at most for `timeout`. It does not end early where the state cannot be told,
+    /// or cannot be reached from where it is: someone may repair or change the instance meanwhile.
     ///
     /// # Errors
     ///

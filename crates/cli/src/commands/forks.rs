@@ -36,7 +36,7 @@ pub(super) async fn fork(asked: Fork, client: &Client, reader: Reader) -> Result
     if failed == 0 {
         Ok(())
     } else {
-        Err(Failure::Some {
+        Err(Failure::SomeFailed {
             failed,
             all: list.forks.len(),
         })

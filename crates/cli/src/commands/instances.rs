@@ -73,7 +73,7 @@ pub(super) async fn remove(asked: Rm, client: &Client, reader: Reader) -> Result
             for (id, failure) in &failed {
                 eprintln!("error: {id}: {}", failure.sentence());
             }
-            Err(Failure::Some { failed: count, all })
+            Err(Failure::SomeFailed { failed: count, all })
         }
     }
 }
