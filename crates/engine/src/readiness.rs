@@ -3,32 +3,11 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
-use stencil_core::{Readiness, State};
-
-use crate::changes::Changes;
-use crate::registry::Slot;
-use crate::{Engine, EngineError};
-
-/// How long restore and fork wait for the guest to say that it is ready before they answer with `Initializing`.
-const READY_WAIT: Duration = Duration::from_secs(10);
+use stencil_core::Readiness;
 
 /// Bytes that are read from a log at a time.
 const CHUNK: usize = 64 << 10;
-
-impl Engine {
-    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed.
-    pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<(), EngineError> {
-        let log = self.dir(&slot.id).console_log();
-        let deadline = tokio::time::Instant::now() + READY_WAIT;
-        while slot.vmm().is_some_and(|running| !running.is_ready(&log))
-            && self.observe(slot).await?.state() == State::Initializing
-            && tokio::time::timeout_at(deadline, changes.next()).await.is_ok()
-        {}
-        Ok(())
-    }
-}
 
 /// Looks for the guest's word that it is ready, in what it printed in this epoch; each byte is looked at once.
 #[derive(Debug)]

@@ -1,11 +1,15 @@
-//! Waiting for a state.
+//! Waiting: for a state, and for a guest to be ready.
 
 use std::time::Duration;
 
 use stencil_core::State;
 
 use crate::changes::Changes;
+use crate::registry::Slot;
 use crate::{Engine, EngineError, Instance};
+
+/// How long restore and fork wait for the guest to say that it is ready before they answer with `Initializing`.
+const READY_WAIT: Duration = Duration::from_secs(10);
 
 /// How a wait ended.
 #[derive(Clone, Debug)]
@@ -47,5 +51,16 @@ impl Engine {
                 });
             }
         }
+    }
+
+    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed.
+    pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<(), EngineError> {
+        let log = self.dir(&slot.id).console_log();
+        let deadline = tokio::time::Instant::now() + READY_WAIT;
+        while slot.vmm().is_some_and(|running| !running.is_ready(&log))
+            && self.observe(slot).await?.state() == State::Initializing
+            && tokio::time::timeout_at(deadline, changes.next()).await.is_ok()
+        {}
+        Ok(())
     }
 }
