@@ -137,6 +137,11 @@ fn steps() -> Result<Vec<Step>, TaskError> {
             limit: LONG,
             counted: Counted::ByHarness,
         },
+        one(
+            "release build",
+            cargo("build --release --locked --package=stencil --package=stencil-microvm"),
+            LONG,
+        ),
         Step {
             name: "end-to-end scenarios",
             command: e2e,

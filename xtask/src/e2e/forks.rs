@@ -35,8 +35,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         some_names_taken,
     ),
     (
-        "a template is untouched by the death of its forks' source files",
-        template_outlives_demote,
+        "a fork that began on standby never changes the template's memory",
+        began_on_standby,
     ),
 ];
 
