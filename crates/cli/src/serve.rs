@@ -1,5 +1,6 @@
 //! `stencil serve`: the engine behind its socket, until a signal ends it. VMs go on running without it.
 
+use std::env;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +11,9 @@ use stencil_core::DataDir;
 use stencil_engine::{Config, Engine};
 use stencil_vmm::{Hypervisor, MicroVm};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::args::Serve;
 use crate::failure::Failure;
@@ -20,11 +23,16 @@ use crate::place;
 const MOST_THREADS: usize = 4;
 
 pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    // RUST_LOG as in `info,stencil_engine=debug`.
+    let filter = env::var("RUST_LOG")
+        .ok()
+        .and_then(|text| text.parse::<Targets>().ok());
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal());
+    tracing_subscriber::registry()
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
+        .with(lines)
         .init();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(available_parallelism().map_or(2, |cores| cores.get().clamp(2, MOST_THREADS)))
