@@ -1,6 +1,8 @@
 //! Looks for what a build and a VM need on this host, and installs what is missing or says how.
 
-use std::path::Path;
+use std::env;
+use std::fs::{self, DirEntry};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -33,7 +35,7 @@ struct Need {
 }
 
 /// rustc links with `cc`, against the C library's start files.
-const NEEDS: [Need; 2] = [
+const NEEDS: [Need; 3] = [
     Need {
         what: "a linker (cc)",
         package: "gcc",
@@ -47,7 +49,35 @@ const NEEDS: [Need; 2] = [
             cc(&["-print-file-name=crt1.o"]).is_some_and(|path| Path::new(path.trim()).is_absolute())
         },
     },
+    Need {
+        what: "libclang (the userfaultfd crate reads the kernel's headers with it)",
+        package: "libclang-dev",
+        is_there: has_libclang,
+    },
 ];
+
+/// Whether libclang is where the build looks for it: where `LIBCLANG_PATH` says, or where distributions put it.
+fn has_libclang() -> bool {
+    let is_library = |file: DirEntry| {
+        let name = file.file_name();
+        let name = name.to_string_lossy();
+        // libclang-cpp is another library.
+        name.starts_with("libclang.so")
+            || (name.starts_with("libclang-") && !name.starts_with("libclang-cpp"))
+    };
+    let holds_it =
+        |dir: &Path| fs::read_dir(dir).is_ok_and(|mut files| files.any(|file| file.is_ok_and(is_library)));
+    // Debian: /usr/lib/llvm-14/lib.
+    let of_llvm = fs::read_dir("/usr/lib")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path().join("lib"));
+    env::var_os("LIBCLANG_PATH").is_some()
+        || of_llvm
+            .chain(["/usr/lib64".into(), "/usr/lib/x86_64-linux-gnu".into()])
+            .any(|dir: PathBuf| holds_it(&dir))
+}
 
 /// The components of the toolchain that `ci` uses.
 const COMPONENTS: [(&str, &str); 2] = [("fmt", "rustfmt"), ("clippy", "clippy")];
