@@ -99,8 +99,7 @@ impl Engine {
         let restore = Restore {
             snapshot: &source.dir,
             memory_mode: metadata.memory_mode.unwrap_or_default(),
-            // Also when it wakes by itself: a fork that began on standby has its source's identity in its snapshot.
-            generation: &metadata.generation,
+            generation: (began == EpochKind::Fork).then_some(&metadata.generation),
         };
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
