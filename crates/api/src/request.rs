@@ -71,7 +71,7 @@ impl From<CreateInstance> for CreateRequest {
     fn from(asked: CreateInstance) -> Self {
         Self {
             name: asked.name,
-            hypervisor: asked.hypervisor.to_string(),
+            hypervisor: asked.hypervisor,
             kernel: asked.kernel,
             initrd: asked.initrd,
             cmdline: asked.cmdline,

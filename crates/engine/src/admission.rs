@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use stencil_core::{HypervisorName, Readiness, VmSpec};
+use stencil_core::{Readiness, VmSpec};
 
 use crate::{CreateRequest, Engine, EngineError, kernel};
 
@@ -22,11 +22,8 @@ fn invalid<T>(message: impl Into<String>) -> Result<T, EngineError> {
 impl Engine {
     /// The checked specification of a new instance.
     pub(crate) fn admit(&self, request: &CreateRequest) -> Result<VmSpec, EngineError> {
-        let hypervisor: HypervisorName = request
-            .hypervisor
-            .parse()
-            .or_else(|reason| invalid(format!("hypervisor: {reason}")))?;
-        let most_vcpus = self.hypervisor(&hypervisor)?.capabilities().max_vcpus;
+        let hypervisor = &request.hypervisor;
+        let most_vcpus = self.hypervisor(hypervisor)?.capabilities().max_vcpus;
         if request.vcpus == 0 || request.vcpus > most_vcpus {
             return invalid(format!(
                 "vcpus is {}; {hypervisor} takes 1 to {most_vcpus}",
@@ -43,7 +40,7 @@ impl Engine {
             ));
         }
         let spec = VmSpec {
-            hypervisor,
+            hypervisor: hypervisor.clone(),
             kernel: request.kernel.clone(),
             initrd: request.initrd.clone(),
             cmdline: request.cmdline.clone(),

@@ -30,7 +30,7 @@ pub struct Engine {
 pub(crate) struct Inner {
     pub(crate) store: Store,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) hypervisors: BTreeMap<String, Arc<dyn Hypervisor>>,
+    pub(crate) hypervisors: BTreeMap<HypervisorName, Arc<dyn Hypervisor>>,
     /// How many VMMs are brought up at a time: more than a few for each core only makes each of them later.
     pub(crate) bring_up: Semaphore,
 }
@@ -49,11 +49,7 @@ impl Engine {
             inner: Arc::new(Inner {
                 store,
                 registry: Arc::default(),
-                hypervisors: config
-                    .hypervisors
-                    .into_iter()
-                    .map(|h| (h.name().to_string(), h))
-                    .collect(),
+                hypervisors: config.hypervisors.into_iter().map(|h| (h.name(), h)).collect(),
                 bring_up: Semaphore::new((2 * cores).max(4)),
             }),
         };
@@ -63,8 +59,13 @@ impl Engine {
 
     /// The backend that runs this instance's VM.
     pub(crate) fn hypervisor(&self, name: &HypervisorName) -> Result<&Arc<dyn Hypervisor>, EngineError> {
-        self.inner.hypervisors.get(name.as_str()).ok_or_else(|| {
-            let known: Vec<&str> = self.inner.hypervisors.keys().map(String::as_str).collect();
+        self.inner.hypervisors.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self
+                .inner
+                .hypervisors
+                .keys()
+                .map(HypervisorName::as_str)
+                .collect();
             EngineError::Invalid(format!(
                 "hypervisor `{name}` is not known here; this server has: {}",
                 known.join(", ")

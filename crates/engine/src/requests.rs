@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use stencil_core::{InstanceName, Readiness, State};
+
+use stencil_core::{HypervisorName, InstanceName, Readiness, State};
 
 use crate::ForkRequest;
 
@@ -12,7 +13,7 @@ pub struct CreateRequest {
     /// A name that no other instance has; made up from the id when absent.
     pub name: Option<InstanceName>,
     /// Which hypervisor, such as `microvm`.
-    pub hypervisor: String,
+    pub hypervisor: HypervisorName,
     /// Absolute path of an ELF with a PVH note or of a bzImage.
     pub kernel: PathBuf,
     /// Absolute path of the initial RAM disk.

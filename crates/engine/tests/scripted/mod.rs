@@ -212,7 +212,7 @@ impl House {
         fs::write(&kernel, include_bytes!("../../../../fixtures/pvh-note.elf")).unwrap();
         CreateRequest {
             name: Some(name.parse().unwrap()),
-            hypervisor: "scripted".to_owned(),
+            hypervisor: "scripted".parse().unwrap(),
             kernel,
             initrd: None,
             cmdline: String::new(),
