@@ -132,7 +132,8 @@ pub struct ForkOne {
 }
 
 impl ForkOne {
-    pub(crate) fn rules(&self) -> ForkRequest {
+    /// All but the name, as the rules take it.
+    pub(crate) fn request(&self) -> ForkRequest {
         ForkRequest {
             from_running: self.from_running,
             target_state: self.target_state,

@@ -14,8 +14,8 @@ pub(crate) async fn one(
     Reference(id): Reference,
     MaybeJson(asked): MaybeJson<ForkOne>,
 ) -> Result<(StatusCode, axum::Json<Instance>), ApiError> {
-    let rules = asked.rules();
-    let fork = engine.fork(&id, asked.name, rules).await?;
+    let request = asked.request();
+    let fork = engine.fork(&id, asked.name, request).await?;
     Ok((StatusCode::CREATED, axum::Json(fork.into())))
 }
 
