@@ -96,7 +96,7 @@ impl MemoryImage {
         self.table.gpa_of(file_offset)
     }
 
-    /// The first extent of data that ends after `offset`, as (begin, end), from what is known.
+    /// Where the data at `offset` end, if that is known.
     fn known_data(&self, offset: u64) -> Option<u64> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
         let (_, &end) = known.range(..=offset).next_back()?;
@@ -146,6 +146,11 @@ impl PageSource for MemoryImage {
         let hole = seek(&self.file, SeekFrom::Hole(begin))?;
         let end = hole.next_multiple_of(PAGE_SIZE);
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        // One entry for each extent: what is known of it from here on says no more than this.
+        let inside: Vec<u64> = known.range(offset..end).map(|(begin, _)| *begin).collect();
+        for begin in inside {
+            known.remove(&begin);
+        }
         known.insert(offset, end);
         Ok(Extent::Data(limit.min(end - offset)))
     }

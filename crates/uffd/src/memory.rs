@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
 use crate::address::{Gpa, PAGE};
 use crate::mapping::GuestMapping;
@@ -73,6 +73,11 @@ impl Area {
         !self.is_present(page) && self.is_of_source(page)
     }
 
+    /// Whether no page waits to be filled from the source: what is not there is zeros by right.
+    pub(crate) fn is_complete(&self) -> bool {
+        !(0..self.mapping.pages()).any(|page| self.is_open(page))
+    }
+
     pub(crate) fn filled(&self, pages: Range<usize>) {
         self.present.add(pages);
     }
@@ -91,7 +96,8 @@ impl Area {
 pub(crate) struct Memory {
     pub(crate) userfault: Userfault,
     pub(crate) areas: Vec<Area>,
-    revoked: AtomicBool,
+    /// Whether it worked, once it was done.
+    revoked: OnceLock<bool>,
 }
 
 impl Memory {
@@ -102,7 +108,7 @@ impl Memory {
         Ok(Self {
             userfault,
             areas,
-            revoked: AtomicBool::new(false),
+            revoked: OnceLock::new(),
         })
     }
 
@@ -137,11 +143,12 @@ impl Memory {
     /// is not complete is made inaccessible first: who waits for a page of it, or touches it later, gets SIGSEGV (a
     /// vCPU: EFAULT from KVM_RUN), and never a zero. False: that failed, and the userfaultfd must stay open.
     pub(crate) fn revoke(&self) -> bool {
-        if self.revoked.swap(true, Ordering::SeqCst) {
-            return true;
-        }
+        *self.revoked.get_or_init(|| self.revoke_incomplete())
+    }
+
+    fn revoke_incomplete(&self) -> bool {
         let mut safe = true;
-        for area in self.areas.iter().filter(|area| !area.present.is_full()) {
+        for area in self.areas.iter().filter(|area| !area.is_complete()) {
             let mut page = 0;
             while page < area.mapping.pages() {
                 let end = (page..area.mapping.pages()).find(|page| area.is_unmapped(*page));

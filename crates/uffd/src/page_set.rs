@@ -9,14 +9,13 @@ use zerocopy::FromZeros as _;
 #[derive(Debug)]
 pub(crate) struct PageSet {
     words: Box<[AtomicU64]>,
-    pages: usize,
 }
 
 impl PageSet {
     /// No page of so many. The memory comes zeroed from the kernel, and is not touched before it is used.
     pub(crate) fn empty(pages: usize) -> Option<Self> {
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64)).ok()?;
-        Some(Self { words, pages })
+        Some(Self { words })
     }
 
     pub(crate) fn has(&self, page: usize) -> bool {
@@ -33,15 +32,6 @@ impl PageSet {
         for (word, bits) in words(pages) {
             self.words[word].fetch_and(!bits, Ordering::Relaxed);
         }
-    }
-
-    pub(crate) fn count(&self) -> usize {
-        let ones = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones() as usize;
-        self.words.iter().map(ones).sum()
-    }
-
-    pub(crate) fn is_full(&self) -> bool {
-        self.count() == self.pages
     }
 }
 
@@ -76,7 +66,6 @@ mod tests {
                 if add { set.add(pages) } else { set.remove(pages) }
             }
             prop_assert!((0..200).all(|page| set.has(page) == model[page]));
-            prop_assert_eq!(set.count(), model.iter().filter(|has| **has).count());
         }
     }
 }

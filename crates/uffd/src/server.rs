@@ -41,7 +41,7 @@ use shared::Shared;
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Pages that are filled together when one of them is touched, if they are of one kind: an aligned group of so many.
-    /// 1 fills only the page itself. While recording, only the page itself is filled, to see each touch.
+    /// 1 fills only the page itself, and more than 512 (2 MiB) count as 512. While recording, only the page itself is filled, to see each touch.
     pub read_around: usize,
     /// Threads that serve. More than one is for sources that are slow to answer.
     pub threads: usize,
@@ -215,7 +215,8 @@ impl PageServer {
         self.shared.before_resume()
     }
 
-    /// What was done so far.
+    /// What was done so far. A fault that is being served may be counted only in part: [`stop`](Self::stop) says the
+    /// end.
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.shared.tally.read()
@@ -236,13 +237,14 @@ impl PageServer {
     /// Stops serving. If every page is there, memory goes on as ordinary memory. If not, all access to it is taken away:
     /// whoever waits for a page, or touches the memory later, gets SIGSEGV (a vCPU: EFAULT from KVM_RUN). The VM must
     /// have ended, or ends by that.
-    pub fn stop(self) {
-        drop(self);
+    ///
+    /// Returns what was done in all. Dropping the server does the same, and does not say.
+    pub fn stop(mut self) -> Counters {
+        self.end();
+        self.counters()
     }
-}
 
-impl Drop for PageServer {
-    fn drop(&mut self) {
+    fn end(&mut self) {
         self.shared.ask_to_stop();
         let this = std::thread::current().id();
         for thread in self.threads.drain(..) {
@@ -256,6 +258,12 @@ impl Drop for PageServer {
             // Waiting for ever is bad; zeros are worse.
             std::mem::forget(Arc::clone(&self.shared));
         }
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

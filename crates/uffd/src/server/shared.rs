@@ -17,6 +17,9 @@ use crate::prefetch::Prefetcher;
 use crate::record::{Closed, Recorder, Recording};
 use crate::source::PageSource;
 
+/// Pages that are filled together at most: 2 MiB.
+const MAX_READ_AROUND: usize = 512;
+
 /// A fault that waits to be served.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fault {
@@ -88,7 +91,7 @@ impl Shared {
         Ok(Self {
             memory,
             source,
-            read_around: settings.read_around.max(1),
+            read_around: settings.read_around.clamp(1, MAX_READ_AROUND),
             threads: settings.threads.max(1),
             tally: Tally::new(),
             gate: RwLock::new(()),

@@ -40,10 +40,10 @@ fn every_page_is_as_in_the_image_under_random_access_by_several_threads() {
                 });
             }
         });
-        let counters = server.counters();
+        assert_eq!(server.fatal().map(|fatal| fatal.to_string()), None);
+        let counters = server.stop();
         assert_eq!(counters.latency.count(), counters.demand_faults);
         assert!(counters.demand_pages <= 2048 - 64 - 1 - 148);
-        assert_eq!(server.fatal().map(|fatal| fatal.to_string()), None);
     }
 }
 
@@ -71,7 +71,7 @@ fn holes_are_zeros_and_nothing_is_read_for_them() {
     let ram = Ram::new(image.pages);
     let (server, _notices) = serve(&ram, Arc::new(image.open()), Settings::default());
     assert!((0..256).all(|page| ram.read(page) == [0; PAGE]));
-    let counters = server.counters();
+    let counters = server.stop();
     assert_eq!(
         (counters.bytes_read, counters.demand_pages, counters.zero_pages),
         (0, 0, 256)
@@ -92,7 +92,7 @@ fn neighbours_come_in_one_fault_and_stop_at_holes() {
     (0..12).for_each(|page| assert!(ram.read(page) == contents(page)));
     assert_eq!(server.counters().demand_faults, 1);
     ram.touch(14);
-    assert_eq!(server.counters().zero_pages, 4);
+    assert_eq!(server.stop().zero_pages, 4);
 }
 
 #[test]
@@ -108,10 +108,8 @@ fn a_page_that_was_there_before_is_not_overwritten() {
     ram.touch(0);
     assert_eq!(ram.read(7)[..2], [0x55, 0]);
     (8..64).for_each(|page| assert!(ram.read(page) == contents(page)));
-    assert_eq!(
-        (server.counters().demand_faults, server.counters().already_there),
-        (1, 1)
-    );
+    let counters = server.stop();
+    assert_eq!((counters.demand_faults, counters.already_there), (1, 1));
 }
 
 #[test]
@@ -139,7 +137,7 @@ fn discarded_memory_is_zeros_and_never_again_the_image() {
         };
         assert!(ram.read(page) == expected, "page {page}");
     }
-    assert_eq!(server.counters().discarded_pages, 6);
+    assert_eq!(server.stop().discarded_pages, 6);
 }
 
 #[test]
@@ -212,7 +210,7 @@ fn hot_pages_are_there_before_the_guest_resumes() {
     order
         .iter()
         .for_each(|page| assert!(ram.read(*page) == contents(*page)));
-    let counters = server.counters();
+    let counters = server.stop();
     assert_eq!(
         (
             counters.demand_faults,
@@ -243,7 +241,7 @@ fn what_is_over_the_budget_follows_behind_the_guest() {
     assert!(before.prefetch_hits >= 1000 && before.demand_faults == 0);
     // The guest goes the other way, and meets the prefetch.
     (0..4096).for_each(|page| assert!(ram.read(page) == contents(page), "page {page}"));
-    let after = server.counters();
+    let after = server.stop();
     assert_eq!(after.demand_pages + after.prefetch_hits, 4096);
 }
 
