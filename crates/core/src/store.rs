@@ -106,7 +106,7 @@ impl Store {
             path: path.clone(),
             source,
         };
-        let bytes = match fs::read(&path) {
+        let bytes = match atomic::read(&path) {
             Ok(bytes) => bytes,
             // The directory is looked at after the file: one that is gone now was removed as a whole.
             Err(error) if error.kind() == ErrorKind::NotFound && is_missing(dir.path()) => {

@@ -1,10 +1,12 @@
 //! The steps of which the store is made: each is done as a whole, or not at all.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::OFlags;
 
 use crate::layout::TEMPORARY_PREFIX;
 use crate::store::Durability;
@@ -13,6 +15,29 @@ use crate::store::error::{IoContext, StoreError};
 /// Makes the names of temporary files distinct. It begins anew in each process: what an earlier one left is written
 /// over, and only one process at a time has the data directory.
 static TEMPORARY: AtomicU64 = AtomicU64::new(0);
+
+/// More than any record or manifest has, in bytes.
+const MOST_READ: u64 = 16 << 20;
+
+/// Reads a small regular file. Whatever else has its name neither holds the server up, as a pipe would, nor fills its
+/// memory, as a device would.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    let found = file.metadata()?;
+    // A directory refuses to be read by itself.
+    if !found.is_file() && !found.is_dir() {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "it is no regular file"));
+    }
+    if found.len() > MOST_READ {
+        return Err(ErrorKind::FileTooLarge.into());
+    }
+    let mut content = Vec::new();
+    file.take(MOST_READ).read_to_end(&mut content)?;
+    Ok(content)
+}
 
 /// Replaces the file at `path`, which is then its owner's alone (0600).
 pub(super) fn replace(path: &Path, content: &[u8], durability: Durability) -> Result<(), StoreError> {

@@ -19,7 +19,7 @@ impl Store {
     pub fn snapshot(&self, id: &InstanceId) -> SnapshotFacts {
         let dir = self.data.instance(id).snapshot();
         let broken = |reason| SnapshotFacts::Broken { reason };
-        let manifest = match fs::read(dir.manifest()) {
+        let manifest = match atomic::read(&dir.manifest()) {
             Ok(bytes) => SnapshotManifest::from_json(&bytes),
             Err(error) if error.kind() == ErrorKind::NotFound => return SnapshotFacts::Absent,
             Err(error) => return broken(format!("its manifest cannot be read: {error}")),

@@ -62,6 +62,14 @@ fn damages() -> Vec<Damage> {
             "it is that of instance 01k9z0c8mn0000000000000001",
         ),
         (
+            "without an end",
+            |path| {
+                fs::remove_file(path).unwrap();
+                std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+            },
+            "it is no regular file",
+        ),
+        (
             "a file in place of the instance",
             |path| {
                 fs::remove_dir_all(path.parent().unwrap()).unwrap();
