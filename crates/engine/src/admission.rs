@@ -1,9 +1,11 @@
 //! Checks of a request against the host, before anything is made.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use stencil_core::{Readiness, VmSpec};
 
 use crate::{CreateRequest, Engine, EngineError, kernel};
@@ -102,7 +104,12 @@ fn open(field: &str, path: &Path) -> Result<File, EngineError> {
             "{field} `{shown}` is a relative path; it takes an absolute one, as the server sees it"
         ));
     }
-    let file = match File::open(path) {
+    // A pipe without a writer would hold the server up; it is told below that it is no regular file.
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path);
+    let file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => {
             return invalid(format!(
