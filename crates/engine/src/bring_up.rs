@@ -42,15 +42,11 @@ impl Engine {
         let version = self.or_stop(slot.id, &dir, hypervisor, &process, booted).await?;
         stopwatch.lap("boot");
         let record = vmm_record(&process, version, EpochKind::Boot, console_offset);
-        self.adopt(slot, process, &record, &metadata.spec);
-        self.rewrite(
-            &Metadata {
-                vmm: Some(record),
-                memory_mode: None,
-                ..metadata
-            },
-            Durability::Renamed,
-        )?;
+        let metadata = Metadata {
+            memory_mode: None,
+            ..metadata
+        };
+        self.take_on(slot, process, record, metadata).await?;
         stopwatch.lap("record");
         Ok(())
     }
@@ -72,8 +68,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Brings a VMM up in `dir` with the snapshot's VM in it, paused. Where the epoch is a fork, the VM becomes the new
-    /// machine that `metadata` describe.
+    /// Brings a VMM up in `dir` with the snapshot's VM in it, paused, as the machine that `metadata` describe.
     pub(crate) async fn bring_back(
         &self,
         dir: &InstanceDir,
@@ -99,7 +94,8 @@ impl Engine {
         let restore = Restore {
             snapshot: &source.dir,
             memory_mode: metadata.memory_mode.unwrap_or_default(),
-            generation: (began == EpochKind::Fork).then_some(&metadata.generation),
+            // Also when it wakes by itself: a fork that began on standby has its source's identity in its snapshot.
+            generation: &metadata.generation,
         };
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
@@ -152,6 +148,29 @@ impl Engine {
         answer.map_err(EngineError::vmm(slot.id))
     }
 
+    /// Gives the instance its new VMM, also on disk. One that cannot be recorded does not stay: nobody would find it again.
+    pub(crate) async fn take_on(
+        &self,
+        slot: &Arc<Slot>,
+        process: VmmProcess,
+        record: VmmRecord,
+        metadata: Metadata,
+    ) -> Result<Metadata, EngineError> {
+        self.adopt(slot, process.clone(), &record, &metadata.spec);
+        let metadata = Metadata {
+            vmm: Some(record),
+            ..metadata
+        };
+        if let Err(failed) = self.rewrite(&metadata, Durability::Renamed) {
+            slot.set_vmm(None);
+            let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+            self.stop_failed(slot.id, &self.dir(&slot.id), hypervisor, &process)
+                .await;
+            return Err(failed);
+        }
+        Ok(metadata)
+    }
+
     /// The VMM belongs to the instance from now on: its end will be noticed and told.
     pub(crate) fn adopt(&self, slot: &Arc<Slot>, process: VmmProcess, record: &VmmRecord, spec: &VmSpec) {
         let ready = ReadyScan::new(&spec.readiness, record.epoch.console_offset);
@@ -182,8 +201,14 @@ impl Engine {
             vmm: None,
             ..metadata
         };
-        let running = slot.vmm();
         self.rewrite(&metadata, Durability::Renamed)?;
+        self.stop_vmm(slot, &metadata).await?;
+        Ok(metadata)
+    }
+
+    /// Ends the VMM, if this server knows one.
+    pub(crate) async fn stop_vmm(&self, slot: &Slot, metadata: &Metadata) -> Result<(), EngineError> {
+        let running = slot.vmm();
         slot.set_vmm(None);
         if let Some(running) = running {
             let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
@@ -192,7 +217,7 @@ impl Engine {
                 .await
                 .map_err(EngineError::vmm(slot.id))?;
         }
-        Ok(metadata)
+        Ok(())
     }
 
     /// Waits for a turn to bring a VMM up.

@@ -41,7 +41,7 @@ impl Engine {
         let dir = self.dir(&slot.id);
         let path = dir.console_log();
         // Watched before it is read, so that nothing is missed in between.
-        let changes = follow.then(|| Changes::of(&slot, &dir)).transpose()?;
+        let changes = follow.then(|| self.changes(&slot)).transpose()?;
         let mut log = match File::open(&path) {
             Ok(log) => Some(log),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use stencil_core::rules::{self, Decision};
-use stencil_core::{State, StoreError};
+use stencil_core::{Durability, Metadata, State, StoreError, error_chain};
 use stencil_vmm::stray_processes;
 
 use crate::registry::Slot;
@@ -43,7 +43,15 @@ impl Engine {
     pub(crate) async fn discard(&self, slot: &Arc<Slot>) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         if let Ok(metadata) = self.read(&slot.id) {
-            self.end_vmm(slot, metadata).await?;
+            let without = Metadata {
+                vmm: None,
+                ..metadata
+            };
+            // A disk that is too full for a new record must not stand in the way of what makes room.
+            if let Err(error) = self.rewrite(&without, Durability::Renamed) {
+                tracing::warn!(instance = %slot.id, error = error_chain(&error), "deleting it without a new record");
+            }
+            self.stop_vmm(slot, &without).await?;
         }
         slot.set_vmm(None);
         // With unreadable metadata nobody knows the VMM but the host.

@@ -9,6 +9,7 @@ use stencil_vmm::Hypervisor;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore};
 
 use crate::EngineError;
+use crate::changes::Watcher;
 use crate::registry::{Registry, Slot};
 
 /// What an engine is opened with.
@@ -33,6 +34,7 @@ pub(crate) struct Inner {
     pub(crate) hypervisors: BTreeMap<HypervisorName, Arc<dyn Hypervisor>>,
     /// How many VMMs are brought up at a time: more than a few for each core only makes each of them later.
     pub(crate) bring_up: Semaphore,
+    pub(crate) watcher: Watcher,
 }
 
 impl Engine {
@@ -51,6 +53,7 @@ impl Engine {
                 registry: Arc::default(),
                 hypervisors: config.hypervisors.into_iter().map(|h| (h.name(), h)).collect(),
                 bring_up: Semaphore::new((2 * cores).max(4)),
+                watcher: Watcher::start().map_err(EngineError::io("watch files in", &config.data))?,
             }),
         };
         engine.reconcile().await?;

@@ -8,7 +8,6 @@ use stencil_core::{
 };
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
-use crate::changes::Changes;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
 use crate::registry::{Reservation, Slot};
@@ -240,14 +239,11 @@ impl Engine {
             ..metadata
         };
         let unborn = new.dir().clone();
-        let dir = match new.commit(&metadata, Durability::Renamed) {
-            Ok(dir) => dir,
-            Err(failed) => {
-                self.stop_failed(id, &unborn, self.hypervisor(&metadata.spec.hypervisor)?, &process)
-                    .await;
-                return Err(failed.into());
-            }
-        };
+        if let Err(failed) = new.commit(&metadata, Durability::Renamed) {
+            self.stop_failed(id, &unborn, self.hypervisor(&metadata.spec.hypervisor)?, &process)
+                .await;
+            return Err(failed.into());
+        }
         let (slot, guard) = reservation.commit(id);
         self.adopt(&slot, process, &record, &metadata.spec);
         stopwatch.lap("record");
@@ -255,7 +251,7 @@ impl Engine {
             return Ok(slot);
         }
         let awake = async {
-            let changes = Changes::of(&slot, &dir)?;
+            let changes = self.changes(&slot)?;
             self.resume_vm(&slot, &metadata, stopwatch).await?;
             drop(permit);
             self.until_ready(&slot, changes).await?;

@@ -41,7 +41,7 @@ pub(crate) struct Slot {
     pub(crate) name: Option<InstanceName>,
     /// Exclusive for operations that change the instance, shared while forks are taken from it.
     pub(crate) lock: Arc<RwLock<()>>,
-    /// Told whenever an operation ended or the VMM's process did.
+    /// Told whenever an operation ended, the VMM's process did, or, while someone waits, a file of the instance changed.
     changed: watch::Sender<()>,
     runtime: Mutex<Runtime>,
 }
@@ -105,8 +105,9 @@ impl Slot {
         self.changed.send_replace(());
     }
 
-    pub(crate) fn changes(&self) -> watch::Receiver<()> {
-        self.changed.subscribe()
+    /// Told when something happens to the instance.
+    pub(crate) fn changed(&self) -> &watch::Sender<()> {
+        &self.changed
     }
 
     fn runtime(&self) -> std::sync::MutexGuard<'_, Runtime> {

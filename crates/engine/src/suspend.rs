@@ -4,11 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use stencil_core::{
-    Durability, EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts,
-    SnapshotManifest, State,
+    EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts, SnapshotManifest, State,
 };
 
-use crate::changes::Changes;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
 use crate::{Engine, EngineError};
@@ -70,7 +68,11 @@ impl Engine {
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        let hypervisor_version = hypervisor.version().await.map_err(EngineError::vmm(slot.id))?;
+        // Of the VMM that runs: the binary may be another one since.
+        let hypervisor_version = match &metadata.vmm {
+            Some(record) => record.version.clone(),
+            None => hypervisor.version().await.map_err(EngineError::vmm(slot.id))?,
+        };
         let dir = self.dir(&slot.id);
         let snapshot = dir.snapshot();
         // What an earlier attempt left is in the way: a snapshot is written into an empty directory.
@@ -111,14 +113,9 @@ impl Engine {
         let (process, record) = self
             .bring_back(&dir, &metadata, &source, EpochKind::Restore, stopwatch)
             .await?;
-        self.adopt(slot, process, &record, &metadata.spec);
-        let metadata = Metadata {
-            vmm: Some(record),
-            ..metadata
-        };
-        self.rewrite(&metadata, Durability::Renamed)?;
+        let metadata = self.take_on(slot, process, record, metadata).await?;
         stopwatch.lap("record");
-        let changes = Changes::of(slot, &dir)?;
+        let changes = self.changes(slot)?;
         self.resume_vm(slot, &metadata, stopwatch).await?;
         drop(permit);
         self.until_ready(slot, changes).await?;

@@ -34,7 +34,7 @@ impl Engine {
         timeout: Duration,
     ) -> Result<WaitOutcome, EngineError> {
         let slot = self.inner.registry.find(reference)?;
-        let mut changes = Changes::of(&slot, &self.dir(&slot.id))?;
+        let mut changes = self.changes(&slot)?;
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
             let instance = self.show(&slot).await?;

@@ -88,10 +88,10 @@ impl Identity {
         }
     }
 
-    /// After a restore; `fork` is the id of the new machine, where it is one.
-    pub(crate) fn restored(mut self, fork: Option<Generation>) -> Self {
+    /// After a restore as the machine with this id; another id than before makes it a fork.
+    pub(crate) fn restored(mut self, machine: Option<Generation>) -> Self {
         self.disruption_marker = self.disruption_marker.wrapping_add(1);
-        if let Some(generation) = fork {
+        if let Some(generation) = machine.filter(|id| *id != self.generation) {
             self.generation = generation;
             self.vm_generation_counter = self.vm_generation_counter.wrapping_add(1);
         }
@@ -215,10 +215,12 @@ mod tests {
 
     #[test]
     fn a_restore_that_is_no_fork_keeps_the_generation() {
-        let restored = identity().restored(None);
-        assert_eq!(restored.generation, identity().generation);
-        assert_eq!(restored.vm_generation_counter, identity().vm_generation_counter);
-        assert_ne!(restored.disruption_marker, identity().disruption_marker);
+        for machine in [None, Some(identity().generation)] {
+            let restored = identity().restored(machine);
+            assert_eq!(restored.generation, identity().generation);
+            assert_eq!(restored.vm_generation_counter, identity().vm_generation_counter);
+            assert_ne!(restored.disruption_marker, identity().disruption_marker);
+        }
     }
 
     #[test]

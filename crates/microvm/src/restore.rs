@@ -106,13 +106,13 @@ pub(crate) fn restore(
     if !directory.is_dir() {
         return Err(RestoreError::NotADirectory(directory.to_owned()));
     }
-    let fork = request
+    let machine_id = request
         .generation
         .as_deref()
         .map(str::parse::<Generation>)
         .transpose()?;
     let (mut definition, state) = read(directory)?;
-    if let Some(generation) = fork {
+    if let Some(generation) = machine_id {
         definition.set_generation(generation);
     }
     times.read = began.elapsed();
@@ -139,7 +139,7 @@ pub(crate) fn restore(
     let phase = Instant::now();
     machine.restore(&state.machine)?;
     let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
-    let identity = state.identity.clone().restored(fork);
+    let identity = state.identity.clone().restored(machine_id);
     let parts = Parts {
         definition,
         ram,
@@ -153,7 +153,7 @@ pub(crate) fn restore(
     times.devices = phase.elapsed();
 
     times.total = began.elapsed();
-    tracing::info!(directory = %directory.display(), fork = fork.is_some(), ?times, "restored");
+    tracing::info!(directory = %directory.display(), ?times, "restored");
     // The counters are new, so there is nothing in the way.
     let _ = vm.counters.restore.set(times);
     Ok(vm)

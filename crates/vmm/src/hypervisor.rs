@@ -114,8 +114,8 @@ pub struct Restore<'a> {
     pub snapshot: &'a SnapshotDir,
     /// How its memory comes back.
     pub memory_mode: MemoryMode,
-    /// The identity of the new machine when this is a fork. Without it the machine stays who it was.
-    pub generation: Option<&'a VmGeneration>,
+    /// Who the machine is from now on. With another identity than the snapshot has, it is a new machine: a fork.
+    pub generation: &'a VmGeneration,
 }
 
 /// What [`Hypervisor::info`] answers.

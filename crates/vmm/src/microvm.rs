@@ -153,7 +153,7 @@ impl Hypervisor for MicroVm {
                 MemoryMode::Cow => MemoryRestoreMode::Cow,
             },
             resume: false,
-            generation: request.generation.map(ToString::to_string),
+            generation: Some(request.generation.to_string()),
         };
         Client::new(dir)?.restore(&request).await
     }

@@ -24,6 +24,8 @@ pub(crate) struct Scripted {
     phases: Mutex<HashMap<OsString, VmPhase>>,
     failing: Mutex<Option<&'static str>>,
     log: Mutex<Vec<String>>,
+    restored: Mutex<Vec<VmGeneration>>,
+    version: Mutex<Option<&'static str>>,
 }
 
 impl Scripted {
@@ -35,6 +37,16 @@ impl Scripted {
     /// The calls that were made, such as `restore`, in order.
     pub(crate) fn calls(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// As which machines VMs were restored, in order.
+    pub(crate) fn restored(&self) -> Vec<VmGeneration> {
+        self.restored.lock().unwrap().clone()
+    }
+
+    /// The binary is replaced by one of this version.
+    pub(crate) fn update(&self, version: &'static str) {
+        *self.version.lock().unwrap() = Some(version);
     }
 
     fn call(&self, call: &'static str) -> Result<(), VmmError> {
@@ -74,7 +86,7 @@ impl Hypervisor for Scripted {
     }
 
     async fn version(&self) -> Result<String, VmmError> {
-        Ok("1.0.0".to_owned())
+        Ok(self.version.lock().unwrap().unwrap_or("1.0.0").to_owned())
     }
 
     async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
@@ -131,6 +143,7 @@ impl Hypervisor for Scripted {
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
         self.call("restore")?;
+        self.restored.lock().unwrap().push(*request.generation);
         assert_eq!(fs::read(request.snapshot.memory_ranges()).unwrap().len(), 8192);
         self.set(dir, VmPhase::Paused);
         Ok(())

@@ -95,29 +95,13 @@ async fn snapshot_names_its_directory_by_an_absolute_url() {
 }
 
 #[tokio::test]
-async fn restore_keeps_the_identity_of_what_is_woken() {
-    let snapshot = SnapshotDir::new("/data/instances/source/snapshot");
-    let restore = Restore {
-        snapshot: &snapshot,
-        memory_mode: MemoryMode::Copy,
-        generation: None,
-    };
-    let (request, restored) = exchange(Reply::Recorded("restore"), async |vmm, dir| {
-        vmm.restore(&dir, &restore).await
-    })
-    .await;
-    restored.unwrap();
-    assert_snapshot!(request);
-}
-
-#[tokio::test]
-async fn restore_gives_a_fork_its_own_identity() {
+async fn restore_says_how_and_as_which_machine() {
     let snapshot = SnapshotDir::new("/data/instances/source/snapshot");
     let generation = "000102030405060708090a0b0c0d0e0f".parse().unwrap();
     let restore = Restore {
         snapshot: &snapshot,
         memory_mode: MemoryMode::Cow,
-        generation: Some(&generation),
+        generation: &generation,
     };
     let (request, restored) = exchange(Reply::Recorded("restore"), async |vmm, dir| {
         vmm.restore(&dir, &restore).await
