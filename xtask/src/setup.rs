@@ -21,7 +21,7 @@ pub(crate) enum SetupError {
     Host(#[from] HostError),
     #[error(transparent)]
     Command(#[from] CommandError),
-    #[error("{missing} missing; run this line, then try again:\n    {line}")]
+    #[error("this host lacks {missing}; run this line, then try again:\n    {line}")]
     Missing { missing: String, line: String },
     #[error("apt-get could not install {packages}:\n{output}")]
     Apt { packages: String, output: String },
@@ -132,23 +132,19 @@ fn install(missing: &[&Need]) -> Result<(), SetupError> {
         } else {
             format!("sudo sh -c '{line}'")
         };
-        return Err(SetupError::Missing {
-            missing: format!("{whats}:"),
-            line,
-        });
+        return Err(SetupError::Missing { missing: whats, line });
     }
     report::step(&format!("installing {packages}"), || {
         let mut shell = Command::new("sh");
         shell.args(["-c", &line]).env("DEBIAN_FRONTEND", "noninteractive");
         let finished = command::run(&mut shell, APT_LIMIT, Output::Kept)?;
-        if finished.succeeded() {
-            Ok(())
-        } else {
-            Err(SetupError::Apt {
-                packages: packages.clone(),
-                output: finished.output,
-            })
+        if finished.succeeded() && missing.iter().all(|need| (need.is_there)()) {
+            return Ok(());
         }
+        Err(SetupError::Apt {
+            packages: packages.clone(),
+            output: finished.output,
+        })
     })
 }
 
