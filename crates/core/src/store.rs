@@ -203,7 +203,7 @@ impl Store {
     /// To be asked when a server starts: later it also finds what is being made.
     ///
     /// # Errors
-    /// [`StoreError::Io`].
+    /// [`StoreError::Io`] if the directory of instances cannot be read.
     pub fn leftovers(&self) -> Result<Vec<PathBuf>, StoreError> {
         let instances = self.data.instances();
         let mut found = Vec::new();
@@ -212,15 +212,10 @@ impl Store {
                 found.push(path);
             } else {
                 let snapshot = InstanceDir::new(&path).snapshot();
-                for dir in [path.as_path(), snapshot.path()]
-                    .into_iter()
-                    .filter(|dir| dir.is_dir())
-                {
-                    found.extend(
-                        atomic::list(dir)?
-                            .into_iter()
-                            .filter(|path| self.is_leftover(path)),
-                    );
+                for dir in [path.as_path(), snapshot.path()] {
+                    // One that cannot be read keeps what is left over in it, and keeps no server from starting.
+                    let inside = atomic::list(dir).unwrap_or_default();
+                    found.extend(inside.into_iter().filter(|path| self.is_leftover(path)));
                 }
             }
         }

@@ -1,9 +1,11 @@
 //! What cannot be read could be a fork: an error with its path and cause, never zero forks.
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use stencil_core::{FormatError, StoreError, UnreadableCause};
 
 use crate::given;
@@ -175,4 +177,32 @@ fn the_forks_of_a_template_whose_own_record_is_damaged_are_still_found() {
     assert!(store.live_forks(&template.id).unwrap().is_empty());
     given::instance(&store, &fork);
     assert_eq!(store.live_forks(&template.id).unwrap()[0].id, fork.id);
+}
+
+#[test]
+fn an_instance_whose_directory_may_not_be_read_keeps_no_server_from_starting() {
+    let (_scratch, store) = given::store();
+    let (locked, bystander) = (given::record("locked"), given::record("bystander"));
+    let dir = given::instance(&store, &locked).path().to_owned();
+    let leftover = given::instance(&store, &bystander)
+        .path()
+        .join(".tmp-0-metadata.json");
+    fs::write(&leftover, "").unwrap();
+    fs::set_permissions(&dir, Permissions::from_mode(0)).unwrap();
+    // Root may read everything, by these capabilities; without them this thread is like any other user.
+    let before = capabilities(None).unwrap();
+    let mut like_others = before;
+    like_others
+        .effective
+        .remove(CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);
+    set_capabilities(None, like_others).unwrap();
+
+    assert!(matches!(
+        store.read(&locked.id),
+        Err(StoreError::Unreadable { .. })
+    ));
+    assert_eq!(store.leftovers().unwrap(), [leftover]);
+
+    set_capabilities(None, before).unwrap();
+    fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
 }
