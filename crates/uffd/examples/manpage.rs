@@ -1,5 +1,5 @@
-//! The demonstration of userfaultfd(2), with this crate: memory that is filled when it is touched, page by page, each with
-//! another letter.
+//! The demonstration of userfaultfd(2), with this crate: memory that is filled when it is touched, page by page, each
+//! with another letter.
 //!
 //! `cargo run -p stencil-uffd --example manpage -- 3`
 

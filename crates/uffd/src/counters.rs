@@ -20,8 +20,8 @@ impl Histogram {
         self.buckets.iter().sum()
     }
 
-    /// A time that at least this share (0 to 1) of the faults did not exceed; the end of a bucket, so up to twice as long
-    /// as the true one.
+    /// A time that at least this share (0 to 1) of the faults did not exceed; the end of a bucket, so up to twice as
+    /// long as the true one.
     #[must_use]
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let count = self.count();
@@ -90,8 +90,8 @@ counters! {
     prefetch_hits,
     /// Hot pages that had come by demand before the prefetch came to them.
     prefetch_late,
-    /// Hot pages that were read in vain: when they were to be put in place, somebody else had done so, or the memory had
-    /// been discarded.
+    /// Hot pages that were read in vain: when they were to be put in place, somebody else had done so, or the memory
+    /// had been discarded.
     prefetch_waste,
     /// Pages that were there when they were to be filled (EEXIST), hot or not.
     already_there,

@@ -49,8 +49,8 @@ pub struct MemoryImage {
     file: File,
     table: RangeTable,
     generation: MemoryGeneration,
-    /// The extents of data that are known, from where each begins to where it ends, in bytes. A file may have very many,
-    /// and a restore must not take longer for it: they are asked for as they are come upon.
+    /// The extents of data that are known, from where each begins to where it ends, in bytes. A file may have very
+    /// many, and a restore must not take longer for it: they are asked for as they are come upon.
     known: RwLock<BTreeMap<u64, u64>>,
 }
 

@@ -23,9 +23,9 @@
 //!
 //! - A page has the contents of the image, or zeros where the image has a hole or the memory was discarded since
 //!   (`MADV_DONTNEED`: a balloon). Never zeros for another reason.
-//! - If a page cannot be read, the guest is over: [`Notice::Fatal`] names the page, its place in the image and the cause;
-//!   then all access to the memory is taken away. Who waits for a page gets SIGSEGV, a vCPU EFAULT from KVM_RUN, a
-//!   system call EFAULT. Nobody waits for ever.
+//! - If a page cannot be read, the guest is over: [`Notice::Fatal`] names the page, its place in the image and the
+//!   cause; then all access to the memory is taken away. Who waits for a page gets SIGSEGV, a vCPU EFAULT from
+//!   KVM_RUN, a system call EFAULT. Nobody waits for ever.
 //! - The same when the server stops before all pages are there. The VM ends first, then its server is dropped, then its
 //!   memory is unmapped.
 //! - Faults go before prefetch: a fault waits for at most 2 MiB of it before the guest resumes, and 256 KiB afterwards.
@@ -34,8 +34,8 @@
 //!
 //! KVM touches memory in the kernel's name, and so do system calls. To handle such faults, a process needs one of
 //!
-//! - read and write access to `/dev/userfaultfd` (Linux 6.1; by default root's): `setfacl -m u:USER:rw /dev/userfaultfd`,
-//!   or a udev rule: `KERNEL=="userfaultfd", GROUP="kvm", MODE="0660"`;
+//! - read and write access to `/dev/userfaultfd` (Linux 6.1; by default it is root's), by
+//!   `setfacl -m u:USER:rw /dev/userfaultfd` or by a udev rule: `KERNEL=="userfaultfd", GROUP="kvm", MODE="0660"`;
 //! - `sysctl vm.unprivileged_userfaultfd=1`, for everybody on the host;
 //! - the capability `CAP_SYS_PTRACE`.
 //!
@@ -48,7 +48,8 @@
 //! # use std::{ptr::NonNull, sync::Arc, time::Duration};
 //! # use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 //! # use stencil_core::generation::MemoryGeneration;
-//! use stencil_uffd::{Gpa, GuestMapping, HotPages, MemoryImage, Notice, PageServer, Plan, RangeTable, Settings, Window};
+//! use stencil_uffd::{Gpa, GuestMapping, HotPages, MemoryImage, Notice, RangeTable};
+//! use stencil_uffd::{PageServer, Plan, Settings, Window};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;

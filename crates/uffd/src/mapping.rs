@@ -13,7 +13,8 @@ use crate::address::{Gpa, PAGE, PAGE_SIZE, host_size};
 pub enum MappingError {
     /// It does not consist of whole pages.
     #[error(
-        "guest memory of {size} bytes at {gpa}, mapped at {host:#x}, does not consist of whole pages of {PAGE_SIZE} bytes"
+        "guest memory of {size} bytes at {gpa}, mapped at {host:#x}, does not consist of whole pages \
+         of {PAGE_SIZE} bytes"
     )]
     Unaligned {
         /// Where it begins in the guest.

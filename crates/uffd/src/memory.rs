@@ -139,9 +139,9 @@ impl Memory {
         }
     }
 
-    /// The service ends. Closing the userfaultfd would make every page that was not filled read as zeros; so memory that
-    /// is not complete is made inaccessible first: who waits for a page of it, or touches it later, gets SIGSEGV (a
-    /// vCPU: EFAULT from KVM_RUN), and never a zero. False: that failed, and the userfaultfd must stay open.
+    /// The service ends. Closing the userfaultfd would make every page that was not filled read as zeros; so memory
+    /// that is not complete is made inaccessible first: who waits for a page of it, or touches it later, gets SIGSEGV
+    /// (a vCPU: EFAULT from KVM_RUN), and never a zero. False: that failed, and the userfaultfd must stay open.
     pub(crate) fn revoke(&self) -> bool {
         *self.revoked.get_or_init(|| self.revoke_incomplete())
     }

@@ -50,8 +50,8 @@ pub enum PopulateError {
     },
 }
 
-/// Makes the hot pages of a private mapping of their file resident: those that are only read stay shared, those that are
-/// written are copied now. Hot pages outside of the mapping are left alone.
+/// Makes the hot pages of a private mapping of their file resident: those that are only read stay shared, those that
+/// are written are copied now. Hot pages outside of the mapping are left alone.
 ///
 /// # Errors
 ///

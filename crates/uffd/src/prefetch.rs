@@ -16,9 +16,9 @@ const AHEAD_PAGES: u64 = 4 * BATCH_PAGES;
 
 /// What is left to fetch: first what must be there before the guest resumes, then the rest.
 ///
-/// One call for many pages costs a tenth of one call for each. The guest waits for the first part as a whole, so that is
-/// fetched by address, where most pages are neighbours. The rest is fetched in the order of first touch, and only by
-/// address within a batch: the guest is on its way through it.
+/// One call for many pages costs a tenth of one call for each. The guest waits for the first part as a whole, so that
+/// is fetched by address, where most pages are neighbours. The rest is fetched in the order of first touch, and only
+/// by address within a batch: the guest is on its way through it.
 #[derive(Debug)]
 pub(crate) struct Prefetcher {
     /// In the order in which they are fetched.

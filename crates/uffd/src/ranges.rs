@@ -1,5 +1,7 @@
 //! The range table: which guest physical addresses an image holds, and where in it they lie.
 
+use std::fmt;
+
 use crate::address::{Gpa, PAGE_SIZE};
 
 /// Guest memory that is contiguous both in the guest and in the image.
@@ -23,6 +25,20 @@ impl MemoryRange {
     }
 }
 
+impl fmt::Display for MemoryRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            gpa,
+            size,
+            file_offset,
+        } = self;
+        write!(
+            f,
+            "the range of {size} bytes at gpa {gpa}, at byte {file_offset} of the file,"
+        )
+    }
+}
+
 /// A range table cannot be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
@@ -30,10 +46,10 @@ pub enum RangeError {
     #[error("a memory image needs at least one range")]
     Empty,
     /// A range is empty, or does not consist of whole pages.
-    #[error("the range of {} bytes at {} and at {} in the file does not consist of whole pages of {PAGE_SIZE} bytes", .0.size, .0.gpa, .0.file_offset)]
+    #[error("{0} does not consist of whole pages of {PAGE_SIZE} bytes")]
     Unaligned(MemoryRange),
     /// A range ends beyond the last address.
-    #[error("the range of {} bytes at {} and at {} in the file ends beyond the last address", .0.size, .0.gpa, .0.file_offset)]
+    #[error("{0} ends beyond the last address")]
     TooLarge(MemoryRange),
     /// Two ranges hold the same guest memory.
     #[error("the ranges at {first} and {second} overlap in the guest")]

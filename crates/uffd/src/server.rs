@@ -40,8 +40,9 @@ use shared::Shared;
 /// How memory is served.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Pages that are filled together when one of them is touched, if they are of one kind: an aligned group of so many.
-    /// 1 fills only the page itself, and more than 512 (2 MiB) count as 512. While recording, only the page itself is filled, to see each touch.
+    /// Pages that are filled together when one of them is touched, if they are of one kind: an aligned group of so
+    /// many. 1 fills only the page itself, and more than 512 (2 MiB) count as 512. While recording, only the page
+    /// itself is filled, to see each touch.
     pub read_around: usize,
     /// Threads that serve. More than one is for sources that are slow to answer.
     pub threads: usize,
@@ -66,7 +67,7 @@ pub enum Plan {
     Demand,
     /// It records first touches. (Not beside a prefetch: nobody faults on a page that is there.)
     Record(Window),
-    /// It fetches hot pages before they are touched.
+    /// It fetches hot pages before they are touched. One that cannot be read ends the guest like one that is touched.
     Prefetch {
         /// The pages.
         hot: HotPages,
@@ -79,8 +80,9 @@ pub enum Plan {
 /// Something that the server says on its own, from one of its threads.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// The guest cannot go on and must be ended, now. Until this call returns, who waits for the page waits on; then all
-    /// access to memory is taken away: vCPUs get EFAULT from KVM_RUN, and other threads SIGSEGV at their next touch.
+    /// The guest cannot go on and must be ended, now. Until this call returns, who waits for the page waits on; then
+    /// all access to memory is taken away: vCPUs get EFAULT from KVM_RUN, and other threads SIGSEGV at their next
+    /// touch.
     Fatal(Arc<Fatal>),
     /// The recording closed by itself, and can be taken.
     RecordingClosed(Closed),
@@ -205,8 +207,8 @@ impl PageServer {
         Ok(server)
     }
 
-    /// To be called just before the guest resumes: waits until the budget of the prefetch is there, and starts the clock
-    /// of the recording.
+    /// To be called just before the guest resumes: waits until the budget of the prefetch is there, and starts the
+    /// clock of the recording.
     ///
     /// # Errors
     ///
@@ -234,9 +236,9 @@ impl PageServer {
         self.shared.take_recording()
     }
 
-    /// Stops serving. If every page is there, memory goes on as ordinary memory. If not, all access to it is taken away:
-    /// whoever waits for a page, or touches the memory later, gets SIGSEGV (a vCPU: EFAULT from KVM_RUN). The VM must
-    /// have ended, or ends by that.
+    /// Stops serving. If every page is there, memory goes on as ordinary memory. If not, all access to it is taken
+    /// away: whoever waits for a page, or touches the memory later, gets SIGSEGV (a vCPU: EFAULT from KVM_RUN). The
+    /// VM must have ended, or ends by that.
     ///
     /// Returns what was done in all. Dropping the server does the same, and does not say.
     pub fn stop(mut self) -> Counters {

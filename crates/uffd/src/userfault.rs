@@ -57,8 +57,8 @@ pub(crate) struct Filled {
     pub(crate) stopped: Option<Errno>,
 }
 
-/// An open userfaultfd. When it is closed, all memory that it served is ordinary memory, and reads as zeros where no page
-/// was filled: see `Served::revoke`.
+/// An open userfaultfd. When it is closed, all memory that it served is ordinary memory, and reads as zeros where no
+/// page was filled: see `Memory::revoke`.
 #[derive(Debug)]
 pub(crate) struct Userfault {
     uffd: Uffd,
@@ -66,7 +66,8 @@ pub(crate) struct Userfault {
 }
 
 impl Userfault {
-    /// Opens one that tells of discarded and unmapped memory, and of writes where they are asked for and the kernel can.
+    /// Opens one that tells of discarded and unmapped memory, and of writes where they are asked for and the kernel
+    /// can.
     pub(crate) fn open(writes: bool) -> Result<Self, UserfaultError> {
         let fd = new_descriptor()?.into_raw_fd();
         // SAFETY: it is a userfaultfd, and nobody else has it.

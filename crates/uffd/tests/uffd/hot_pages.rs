@@ -93,7 +93,8 @@ proptest! {
 
     #[test]
     fn the_laws_of_a_lattice_hold(a in any_list(), b in any_list(), c in any_list()) {
-        let (or, and) = (|x: &HotPages, y: &HotPages| x.union(y).unwrap(), |x: &HotPages, y: &HotPages| x.intersection(y).unwrap());
+        let or = |x: &HotPages, y: &HotPages| x.union(y).unwrap();
+        let and = |x: &HotPages, y: &HotPages| x.intersection(y).unwrap();
         prop_assert_eq!(pages(&or(&a, &a)), pages(&a));
         prop_assert_eq!(pages(&and(&a, &a)), pages(&a));
         prop_assert_eq!(set(&or(&a, &b)), set(&or(&b, &a)));
