@@ -218,13 +218,13 @@ fn memory(path: &Path, ranges: &[MemoryRange], mode: MemoryRestoreMode) -> Resul
         });
     }
     match mode {
-        MemoryRestoreMode::OnDemand => Err(RestoreError::Mode),
         MemoryRestoreMode::Cow => Ok(GuestRam::private_of(file, ranges)?),
         MemoryRestoreMode::Copy => {
             let ram = GuestRam::anonymous(ranges)?;
             copy(&file, &ram).map_err(unreadable)?;
             Ok(ram)
         }
+        _ => Err(RestoreError::Mode),
     }
 }
 
