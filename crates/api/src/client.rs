@@ -197,6 +197,14 @@ impl Client {
         self.ask(Method::POST, &instance(id, "/demote-template")).await
     }
 
+    /// `POST /instances/{id}/hot-pages/record`
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn record_hot_pages(&self, id: &str) -> Result<Instance> {
+        self.ask(Method::POST, &instance(id, "/hot-pages/record")).await
+    }
+
     /// `POST /instances/{id}/fork`
     ///
     /// # Errors

@@ -226,7 +226,7 @@ mod tests {
             },
             EngineError::NameConflict {
                 name: "web".to_owned(),
-                holder: id().to_string(),
+                holder: Some(id()),
             },
             rules_error(stencil_core::rules::promote(State::Running)),
             rules_error(stencil_core::rules::delete(

@@ -45,6 +45,10 @@ pub(crate) fn router(app: App) -> Router {
         .route("/instances/{id}/restore", post(lifecycle::restore))
         .route("/instances/{id}/promote-template", post(lifecycle::promote))
         .route("/instances/{id}/demote-template", post(lifecycle::demote))
+        .route(
+            "/instances/{id}/hot-pages/record",
+            post(lifecycle::record_hot_pages),
+        )
         .route("/instances/{id}/fork", post(forks::one))
         .route("/instances/{id}/forks", post(forks::many))
         .route("/instances/{id}/wait", get(wait::wait))

@@ -66,6 +66,8 @@ pub(crate) enum ClientCommand {
     Promote(One),
     /// Make a template an instance on standby again
     Demote(One),
+    /// Have a template's next fork record anew which pages forks touch first
+    RecordHotPages(One),
     /// Make new instances that go on where this one stopped
     Fork(Fork),
     /// Delete instances

@@ -41,6 +41,7 @@ async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result
         ClientCommand::Restore(asked) => changed(client.restore(&asked.id).await?),
         ClientCommand::Promote(asked) => changed(client.promote(&asked.id).await?),
         ClientCommand::Demote(asked) => changed(client.demote(&asked.id).await?),
+        ClientCommand::RecordHotPages(asked) => changed(client.record_hot_pages(&asked.id).await?),
         ClientCommand::Fork(asked) => forks::fork(asked, client, reader).await,
         ClientCommand::Console(asked) => console::console(asked, client).await,
         ClientCommand::Version => version(client, reader).await,

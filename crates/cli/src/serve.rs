@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use stencil_api::server::Server;
 use stencil_core::DataDir;
 use stencil_engine::{Config, Engine};
@@ -34,12 +35,24 @@ pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> 
         .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
         .with(lines)
         .init();
+    allow_many_files();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(available_parallelism().map_or(2, |cores| cores.get().clamp(2, MOST_THREADS)))
         .enable_all()
         .build()
         .map_err(Failure::Runtime)?
         .block_on(serve(asked, socket))
+}
+
+/// A server holds a descriptor or two for each VM; the soft limit of a shell, often 1024, is not meant for that.
+fn allow_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    // With the old limit it serves fewer VMs, and says so when there are too many.
+    let _ = setrlimit(Resource::Nofile, raised);
 }
 
 async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {

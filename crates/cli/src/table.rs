@@ -1,5 +1,6 @@
 //! What people are shown: aligned columns without lines, and sentences.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -111,6 +112,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
     line("started", instance.started_at.map(|started| started.to_string()));
     line("pid", instance.pid.map(|pid| pid.to_string()));
     line("memory use", instance.memory_use.map(memory_use));
+    line("pages", instance.pages.as_ref().map(counted));
     line("last", instance.timings.as_ref().map(timings));
     column_gaps(&mut table);
     table.trim_fmt()
@@ -230,6 +232,14 @@ fn labels(labels: &std::collections::BTreeMap<String, String>) -> String {
         .map(|(key, value)| format!("{key}={value}"))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+fn counted(counters: &BTreeMap<String, u64>) -> String {
+    let counted: Vec<String> = counters
+        .iter()
+        .map(|(what, count)| format!("{what} {count}"))
+        .collect();
+    counted.join(", ")
 }
 
 fn memory_use(held: MemoryUse) -> String {

@@ -103,6 +103,9 @@ impl InstanceDir {
     /// The name of the console's socket in it, for the same use.
     pub const CONSOLE_SOCKET: &str = "console.sock";
 
+    /// The name under which its VMM leaves the hot pages that it recorded, for the same use.
+    pub const RECORDED_HOT_PAGES: &str = "hot-pages";
+
     /// The instance's directory at `path`.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
@@ -137,6 +140,12 @@ impl InstanceDir {
     #[must_use]
     pub fn console_socket(&self) -> PathBuf {
         self.0.join(Self::CONSOLE_SOCKET)
+    }
+
+    /// The hot pages that its VMM recorded, until its template has them.
+    #[must_use]
+    pub fn recorded_hot_pages(&self) -> PathBuf {
+        self.0.join(Self::RECORDED_HOT_PAGES)
     }
 
     /// What its VMM said about itself.
@@ -178,6 +187,11 @@ impl SnapshotDir {
     #[must_use]
     pub fn manifest(&self) -> PathBuf {
         self.0.join(Self::MANIFEST)
+    }
+
+    /// The manifest of a snapshot that was set aside.
+    pub(crate) fn spent_manifest(&self) -> PathBuf {
+        self.0.join("manifest.spent")
     }
 
     /// The VM's configuration.

@@ -165,6 +165,8 @@ pub enum MemoryMode {
     /// The memory file is mapped privately: clean pages stay shared.
     #[default]
     Cow,
+    /// Each page is served through userfaultfd when it is touched first.
+    Uffd,
 }
 
 impl fmt::Display for MemoryMode {
@@ -172,13 +174,14 @@ impl fmt::Display for MemoryMode {
         f.pad(match self {
             Self::Copy => "copy",
             Self::Cow => "cow",
+            Self::Uffd => "uffd",
         })
     }
 }
 
 /// What was to be a memory mode is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a memory mode is \"copy\" or \"cow\"")]
+#[error("a memory mode is \"copy\", \"cow\" or \"uffd\"")]
 pub struct MemoryModeError;
 
 impl FromStr for MemoryMode {
@@ -188,6 +191,7 @@ impl FromStr for MemoryMode {
         match text {
             "copy" => Ok(Self::Copy),
             "cow" => Ok(Self::Cow),
+            "uffd" => Ok(Self::Uffd),
             _ => Err(MemoryModeError),
         }
     }

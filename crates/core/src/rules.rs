@@ -11,6 +11,7 @@
 //! | restore | Standby |  | Initializing, Running |
 //! | promote-template | Standby |  |  |
 //! | demote-template |  | Template |  |
+//! | record-hot-pages | Template |  |  |
 //! | delete |  | every state |  |
 //!
 //! Everything else is refused. [`fork()`] has a table of its own.
@@ -19,6 +20,7 @@ mod fork;
 mod refusal;
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::id::InstanceId;
 use crate::metadata::Metadata;
@@ -47,6 +49,8 @@ pub enum Operation {
     Promote,
     /// Make it a plain instance on standby again.
     Demote,
+    /// Have its next fork record anew which pages forks touch first.
+    RecordHotPages,
     /// Make another instance of it.
     Fork,
     /// Remove it and everything of it.
@@ -55,7 +59,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Start,
         Self::Stop,
         Self::Pause,
@@ -64,6 +68,7 @@ impl Operation {
         Self::Restore,
         Self::Promote,
         Self::Demote,
+        Self::RecordHotPages,
         Self::Fork,
         Self::Delete,
     ];
@@ -80,6 +85,7 @@ impl fmt::Display for Operation {
             Self::Restore => "restore",
             Self::Promote => "promote-template",
             Self::Demote => "demote-template",
+            Self::RecordHotPages => "record-hot-pages",
             Self::Fork => "fork",
             Self::Delete => "delete",
         })
@@ -236,6 +242,23 @@ pub fn demote(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal
 pub fn delete(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal> {
     let decision = decide(Operation::Delete, state, &State::ALL, &[])?;
     unless_in_use(Operation::Delete, decision, live_forks)
+}
+
+/// Whether to forget which pages the forks of a template touch first, so that the next one records them anew.
+///
+/// # Errors
+/// [`Refusal::InvalidState`] where it is no template.
+pub fn record_hot_pages(state: State) -> Result<Decision, Refusal> {
+    decide(Operation::RecordHotPages, state, &[State::Template], &[])
+}
+
+/// The record of a template whose hot pages are kept at `path`, or are not known.
+#[must_use]
+pub fn with_hot_pages(metadata: &Metadata, path: Option<PathBuf>) -> Metadata {
+    Metadata {
+        hot_pages_path: path,
+        ..metadata.clone()
+    }
 }
 
 /// The record of an instance that becomes a template. It is on standby, so a VMM that is still recorded has ended: that

@@ -14,6 +14,7 @@
 
 mod atomic;
 mod error;
+mod hot_pages;
 mod lock;
 mod new_instance;
 mod snapshot;

@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use stencil_core::{
-    Durability, Epoch, EpochKind, InstanceDir, InstanceId, Metadata, VmSpec, VmmRecord, error_chain,
+    Durability, Epoch, EpochKind, InstanceDir, InstanceId, MemoryMode, Metadata, VmSpec, VmmRecord,
+    error_chain,
 };
-use stencil_vmm::{Hypervisor, Restore, VmmError, VmmProcess};
+use stencil_vmm::{HotPages, Hypervisor, Restore, VmmError, VmmProcess};
 use tokio::sync::SemaphorePermit;
 
 use crate::admission::check_boot_files;
+use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::readiness::ReadyScan;
 use crate::registry::{RunningVmm, Slot};
@@ -60,7 +62,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let metadata = self.end_vmm(slot, metadata).await?;
         if metadata.is_template {
-            self.demote_now(&metadata, stopwatch).await?;
+            self.demote_now(slot, &metadata, stopwatch).await?;
         }
         let id = slot.id;
         self.on_disk(move |store| store.discard_snapshot(&id)).await?;
@@ -75,6 +77,7 @@ impl Engine {
         metadata: &Metadata,
         source: &SnapshotSource,
         began: EpochKind,
+        hot_pages: &HotPagesUse,
         stopwatch: &mut Stopwatch,
     ) -> Result<(VmmProcess, VmmRecord), EngineError> {
         let id = metadata.id;
@@ -91,11 +94,20 @@ impl Engine {
         let console_offset = size_of(&dir.console_log());
         let process = hypervisor.spawn(dir).await.map_err(EngineError::vmm(id))?;
         stopwatch.lap("spawn");
+        let own_mode = metadata.memory_mode.unwrap_or_default();
+        let (memory_mode, hot_pages) = match hot_pages {
+            HotPagesUse::Nothing => (own_mode, HotPages::Unused),
+            HotPagesUse::Prefetch(list) => (own_mode, HotPages::Prefetch(list)),
+            // Only userfaultfd sees what a guest touches. It is this VMM's affair: the instance keeps its own mode.
+            HotPagesUse::Record(_) => (MemoryMode::Uffd, HotPages::Record),
+        };
         let restore = Restore {
             snapshot: &source.dir,
-            memory_mode: metadata.memory_mode.unwrap_or_default(),
+            memory_mode,
             // Also when it wakes by itself: a fork that began on standby has its source's identity in its snapshot.
             generation: &metadata.generation,
+            memory_generation: &source.manifest.memory_generation,
+            hot_pages,
         };
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;

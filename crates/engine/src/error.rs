@@ -24,12 +24,12 @@ pub enum EngineError {
         candidates: Vec<InstanceId>,
     },
     /// The name is taken.
-    #[error("the name `{name}` is taken by instance {holder}; choose another one")]
+    #[error("the name `{name}` is taken by {}; choose another one", taken_by(holder.as_ref()))]
     NameConflict {
         /// The name.
         name: String,
-        /// Who has it; an id, or that it is being made.
-        holder: String,
+        /// Who has it; `None` while that instance is being made.
+        holder: Option<InstanceId>,
     },
     /// The rules do not allow it in the instance's present state.
     #[error(transparent)]
@@ -38,7 +38,7 @@ pub enum EngineError {
     #[error("instance {0} has no console to write to while its VM is down; start or restore it first")]
     NoConsole(InstanceId),
     /// The snapshot that was there a moment ago is not there any more.
-    #[error("instance {0} has no complete snapshot")]
+    #[error("instance {0} has no complete snapshot any more; start it anew, or delete it")]
     NoSnapshot(InstanceId),
     /// The snapshot was made by another version of the VMM, which need not read it the same way.
     #[error(
@@ -93,6 +93,17 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether a VMM was asked and has certainly not done it.
+    pub(crate) fn was_refused(&self) -> bool {
+        matches!(
+            self,
+            Self::Vmm {
+                source: VmmError::Rejected { .. } | VmmError::Connect { .. },
+                ..
+            }
+        )
+    }
+
     /// Turns a VMM's error into one that names the instance.
     pub(crate) fn vmm(id: InstanceId) -> impl FnOnce(VmmError) -> Self {
         move |source| Self::Vmm { id, source }
@@ -117,4 +128,11 @@ fn names(forks: &[InstanceName]) -> String {
         .map(InstanceName::as_str)
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+fn taken_by(holder: Option<&InstanceId>) -> String {
+    holder.map_or_else(
+        || "an instance that is being made".to_owned(),
+        |id| format!("instance {id}"),
+    )
 }

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
 use stencil_core::{
-    Durability, EpochKind, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State, VmGeneration,
+    Durability, EpochKind, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State,
+    VmGeneration, error_chain,
 };
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
+use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
 use crate::registry::{Reservation, Slot};
@@ -84,11 +86,11 @@ impl Engine {
                     ForkOutcome { name, result }
                 })
             });
-            let mut outcomes = Vec::new();
+            let (mut outcomes, mut panicked) = (Vec::new(), None);
             for fork in forks.collect::<Vec<_>>() {
                 match fork.await {
                     Ok(outcome) => outcomes.push(outcome),
-                    Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+                    Err(failed) => panicked = Some(failed.into_panic()),
                 }
             }
             if let Some(base) = Arc::into_inner(base) {
@@ -97,7 +99,11 @@ impl Engine {
                     .release(base, made.map(|outcome| outcome.name.clone()).collect())
                     .await?;
             }
-            Ok(outcomes)
+            match panicked {
+                None => Ok(outcomes),
+                // Only now: a running source goes on all the same.
+                Some(panic) => std::panic::resume_unwind(panic),
+            }
         })
         .await
     }
@@ -231,9 +237,41 @@ impl Engine {
         let permit = self.bring_up_permit().await;
         stopwatch.lap("queue");
         let new = self.inner.store.begin(id)?;
-        let (process, record) = self
-            .bring_back(new.dir(), &metadata, snapshot, EpochKind::Fork, stopwatch)
-            .await?;
+        let modes = self
+            .hypervisor(&metadata.spec.hypervisor)?
+            .capabilities()
+            .memory_modes;
+        let memory = snapshot.manifest.memory_generation;
+        let mut hot_pages = self.use_of_hot_pages(&base.source, &base.plan, &memory, id, &modes);
+        let mut back = self
+            .bring_back(
+                new.dir(),
+                &metadata,
+                snapshot,
+                EpochKind::Fork,
+                &hot_pages,
+                stopwatch,
+            )
+            .await;
+        if let (HotPagesUse::Record(_), Err(failed)) = (&hot_pages, &back) {
+            tracing::warn!(instance = %base.source.id, error = error_chain(failed), "hot pages cannot be recorded");
+            let recording = std::mem::replace(&mut hot_pages, HotPagesUse::Nothing);
+            back = self
+                .bring_back(
+                    new.dir(),
+                    &metadata,
+                    snapshot,
+                    EpochKind::Fork,
+                    &hot_pages,
+                    stopwatch,
+                )
+                .await;
+            if let (HotPagesUse::Record(claim), Ok(_)) = (recording, &back) {
+                // It was the recording that did not work.
+                claim.give_up();
+            }
+        }
+        let (process, record) = back?;
         let metadata = Metadata {
             vmm: Some(record.clone()),
             ..metadata
@@ -246,6 +284,11 @@ impl Engine {
         }
         let (slot, guard) = reservation.commit(id);
         self.adopt(&slot, process, &record, &metadata.spec);
+        if let HotPagesUse::Record(claim) = hot_pages
+            && let Err(failed) = self.keep_recording(claim, &slot, memory)
+        {
+            tracing::warn!(instance = %id, error = error_chain(&failed), "the recording of hot pages is not waited for");
+        }
         stopwatch.lap("record");
         if base.plan.target == State::Paused {
             return Ok(slot);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use stencil_core::rules::{LiveFork, Operation};
 use stencil_core::{InstanceId, InstanceName, Metadata, State};
-use stencil_vmm::MemoryUse;
+use stencil_vmm::{MemoryUse, PageCounters};
 
 /// An instance as it was observed.
 #[derive(Clone, Debug)]
@@ -23,6 +23,8 @@ pub struct Instance {
     pub forks: Option<Vec<LiveFork>>,
     /// What its VMM process holds in memory; only where it was asked for and there is a process.
     pub memory_use: Option<MemoryUse>,
+    /// How its guest's pages came to it; only where it was asked for and the VMM counts them.
+    pub pages: Option<PageCounters>,
     /// How long its last operation took, by phase; forgotten when the server restarts.
     pub timings: Option<Timings>,
 }

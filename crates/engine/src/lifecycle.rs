@@ -102,6 +102,7 @@ impl Engine {
             Change::Restore => rules::restore(state),
             Change::Promote => rules::promote(state),
             Change::Demote => rules::demote(state, &forks),
+            Change::RecordHotPages => rules::record_hot_pages(state),
         }?)
     }
 
@@ -125,7 +126,8 @@ impl Engine {
             Change::Standby => self.suspend(slot, metadata, observed.state, stopwatch).await,
             Change::Restore => self.wake(slot, metadata, &snapshot, stopwatch).await,
             Change::Promote => self.promote_now(&metadata, stopwatch).await,
-            Change::Demote => self.demote_now(&metadata, stopwatch).await,
+            Change::Demote => self.demote_now(slot, &metadata, stopwatch).await,
+            Change::RecordHotPages => self.forget_hot_pages(slot, &metadata, stopwatch).await,
         }
     }
 }
@@ -141,6 +143,7 @@ pub(crate) enum Change {
     Restore,
     Promote,
     Demote,
+    RecordHotPages,
 }
 
 impl Change {
@@ -154,6 +157,7 @@ impl Change {
             Self::Restore => Operation::Restore,
             Self::Promote => Operation::Promote,
             Self::Demote => Operation::Demote,
+            Self::RecordHotPages => Operation::RecordHotPages,
         }
     }
 }

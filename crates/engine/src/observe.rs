@@ -4,6 +4,8 @@ use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
 use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmmFacts, error_chain};
 
+use stencil_vmm::PageCounters;
+
 use crate::registry::Slot;
 use crate::{Engine, EngineError, Filter, Instance};
 
@@ -96,8 +98,18 @@ impl Engine {
         if let Some(running) = slot.vmm() {
             // A process that has just ended has no memory to tell of.
             instance.memory_use = running.process.memory().ok();
+            instance.pages = self.pages(&instance).await;
         }
         Ok(instance)
+    }
+
+    /// How the guest's pages came to it, where the VMM is up and counts them.
+    async fn pages(&self, instance: &Instance) -> Option<PageCounters> {
+        let hypervisor = self
+            .hypervisor(&instance.metadata.as_ref()?.spec.hypervisor)
+            .ok()?;
+        let counters = hypervisor.page_counters(&self.dir(&instance.id)).await.ok()?;
+        (!counters.is_empty()).then_some(counters)
     }
 
     /// The instances that the filter lets through, oldest first.
@@ -138,6 +150,7 @@ impl Engine {
             state_error: None,
             forks: None,
             memory_use: None,
+            pages: None,
             timings: slot.timings(),
         };
         match self.observe(slot).await {

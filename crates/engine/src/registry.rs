@@ -12,6 +12,7 @@ use stencil_core::{InstanceId, InstanceName};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
+use crate::hot_pages::HotList;
 use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
 
@@ -24,6 +25,12 @@ pub(crate) struct Registry {
 struct Index {
     slots: BTreeMap<InstanceId, Arc<Slot>>,
     names: HashMap<InstanceName, Holder>,
+}
+
+impl Index {
+    fn by_id(&self, text: &str) -> Option<&Arc<Slot>> {
+        self.slots.get(&text.parse().ok()?)
+    }
 }
 
 /// Who has a name.
@@ -43,6 +50,8 @@ pub(crate) struct Slot {
     pub(crate) lock: Arc<RwLock<()>>,
     /// Told whenever an operation ended, the VMM's process did, or, while someone waits, a file of the instance changed.
     changed: watch::Sender<()>,
+    /// Of a template: what is known of its hot pages.
+    pub(crate) hot_list: HotList,
     runtime: Mutex<Runtime>,
 }
 
@@ -78,6 +87,7 @@ impl Slot {
             name,
             lock: Arc::default(),
             changed: watch::Sender::new(()),
+            hot_list: HotList::default(),
             runtime: Mutex::default(),
         }
     }
@@ -143,10 +153,7 @@ impl Registry {
     /// The instance that `reference` means: an id, an exact name, or a prefix that only one id has; in this order.
     pub(crate) fn find(&self, reference: &str) -> Result<Arc<Slot>, EngineError> {
         let index = self.index();
-        let by_id = reference
-            .parse()
-            .ok()
-            .and_then(|id: InstanceId| index.slots.get(&id));
+        let by_id = index.by_id(reference);
         let by_name = || {
             let name: InstanceName = reference.parse().ok()?;
             match index.names.get(&name)? {
@@ -183,15 +190,19 @@ impl Registry {
     /// Takes a name for an instance that is being made; given back when the reservation is dropped.
     pub(crate) fn reserve(self: &Arc<Self>, name: InstanceName) -> Result<Reservation, EngineError> {
         let mut index = self.index();
+        let conflict = |holder| {
+            Err(EngineError::NameConflict {
+                name: name.to_string(),
+                holder,
+            })
+        };
+        // An id is looked up before a name: a name that is another instance's id would lead to that one.
+        if let Some(slot) = index.by_id(name.as_str()) {
+            return conflict(Some(slot.id));
+        }
         match index.names.get(&name) {
-            Some(Holder::Instance(id)) => Err(EngineError::NameConflict {
-                name: name.to_string(),
-                holder: id.to_string(),
-            }),
-            Some(Holder::Reserved) => Err(EngineError::NameConflict {
-                name: name.to_string(),
-                holder: "that is being made".to_owned(),
-            }),
+            Some(Holder::Instance(id)) => conflict(Some(*id)),
+            Some(Holder::Reserved) => conflict(None),
             None => {
                 index.names.insert(name.clone(), Holder::Reserved);
                 Ok(Reservation {

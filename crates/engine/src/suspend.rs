@@ -7,6 +7,7 @@ use stencil_core::{
     EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts, SnapshotManifest, State,
 };
 
+use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
 use crate::{Engine, EngineError};
@@ -24,17 +25,24 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets the vCPUs go on. A snapshot that was taken before is out of date from here on and goes first: the VM's
-    /// disks and connections move on without it.
+    /// Lets the vCPUs go on. A snapshot that was taken before is out of date from here on: the VM's disks and connections
+    /// move on without it. It is set aside first, and comes back if the VM has certainly not run.
     pub(crate) async fn resume_vm(
         &self,
         slot: &Slot,
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        self.inner.store.discard_snapshot(&slot.id)?;
+        let (store, id) = (&self.inner.store, slot.id);
+        store.spend_snapshot(&id)?;
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        self.ask(slot, hypervisor.resume(&self.dir(&slot.id))).await?;
+        if let Err(failed) = self.ask(slot, hypervisor.resume(&self.dir(&id))).await {
+            if failed.was_refused() {
+                store.regain_snapshot(&id)?;
+            }
+            return Err(failed);
+        }
+        store.discard_snapshot(&id)?;
         stopwatch.lap("resume");
         Ok(())
     }
@@ -111,7 +119,14 @@ impl Engine {
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
         let permit = self.bring_up_permit().await;
         let (process, record) = self
-            .bring_back(&dir, &metadata, &source, EpochKind::Restore, stopwatch)
+            .bring_back(
+                &dir,
+                &metadata,
+                &source,
+                EpochKind::Restore,
+                &HotPagesUse::Nothing,
+                stopwatch,
+            )
             .await?;
         let metadata = self.take_on(slot, process, record, metadata).await?;
         stopwatch.lap("record");

@@ -4,6 +4,7 @@ use stencil_core::{Durability, Metadata, rules};
 
 use crate::instance::Stopwatch;
 use crate::lifecycle::Change;
+use crate::registry::Slot;
 use crate::{Engine, EngineError, Instance};
 
 impl Engine {
@@ -30,20 +31,46 @@ impl Engine {
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        self.record(rules::promoted(metadata), stopwatch).await
+        let promoted = rules::promoted(metadata);
+        self.on_disk(move |store| store.write(&promoted, Durability::Synced))
+            .await?;
+        stopwatch.lap("record");
+        Ok(())
     }
 
     pub(crate) async fn demote_now(
         &self,
+        slot: &Slot,
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        self.record(rules::demoted(metadata), stopwatch).await
+        self.without_hot_pages(slot, rules::demoted(metadata), stopwatch)
+            .await
     }
 
-    async fn record(&self, metadata: Metadata, stopwatch: &mut Stopwatch) -> Result<(), EngineError> {
-        self.on_disk(move |store| store.write(&metadata, Durability::Synced))
-            .await?;
+    pub(crate) async fn forget_hot_pages(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        self.without_hot_pages(slot, rules::with_hot_pages(metadata, None), stopwatch)
+            .await
+    }
+
+    /// The record goes first: a list that a crash leaves is of memory that it names, and at worst used again.
+    async fn without_hot_pages(
+        &self,
+        slot: &Slot,
+        metadata: Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        self.on_disk(move |store| {
+            store.write(&metadata, Durability::Synced)?;
+            store.discard_hot_pages(&metadata.id)
+        })
+        .await?;
+        slot.hot_list.forget();
         stopwatch.lap("record");
         Ok(())
     }

@@ -27,6 +27,17 @@ pub struct RestoreRequest {
     /// it a new machine, a fork; without one, or with the same, the guest stays who it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<String>,
+    /// *Extension.* Which memory the snapshot holds, 32 hexadecimal digits; needed with either of the two below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_generation: Option<String>,
+    /// *Extension.* Absolute path of a list of hot pages: with `Cow` and `Uffd` they are there before the vCPUs run. A list
+    /// that cannot be used is ignored, which `vm.counters` tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hot_pages: Option<String>,
+    /// *Extension.* Path, relative to the VMM's working directory or absolute, at which the list of the pages that this guest touches first appears when its recording
+    /// closes; only with `Uffd`, and not beside `hot_pages`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record_hot_pages: Option<String>,
 }
 
 /// How `vm.restore` brings back the guest's memory.
@@ -39,4 +50,6 @@ pub enum MemoryRestoreMode {
     OnDemand,
     /// *Extension.* Maps the memory file privately: clean pages stay in the page cache, shared by all who map it.
     Cow,
+    /// *Extension.* Serves each page through userfaultfd when it is touched first.
+    Uffd,
 }

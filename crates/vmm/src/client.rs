@@ -16,7 +16,9 @@ use hyperlocal::UnixConnector;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stencil_core::InstanceDir;
-use stencil_vmm_api::{ErrorBody, PingReply, RestoreRequest, SnapshotRequest, VmConfig, VmInfo, path};
+use stencil_vmm_api::{
+    ErrorBody, PingReply, RestoreRequest, SnapshotRequest, VmConfig, VmCounters, VmInfo, path,
+};
 
 use crate::VmmError;
 
@@ -57,6 +59,8 @@ pub enum Call {
     Restore,
     /// `vm.info`
     Info,
+    /// `vm.counters`
+    Counters,
     /// `vmm.shutdown`
     Shutdown,
 }
@@ -65,7 +69,7 @@ impl Call {
     /// How long the call may take, from the connection to the last byte of the reply.
     pub fn deadline(self) -> Duration {
         match self {
-            Self::Info => INFO_DEADLINE,
+            Self::Info | Self::Counters => INFO_DEADLINE,
             Self::Ping | Self::Create | Self::Pause | Self::Resume => SHORT_DEADLINE,
             Self::Boot | Self::Snapshot | Self::Restore => BULK_DEADLINE,
             Self::Shutdown => SHUTDOWN_DEADLINE,
@@ -74,7 +78,7 @@ impl Call {
 
     fn method(self) -> Method {
         match self {
-            Self::Ping | Self::Info => Method::GET,
+            Self::Ping | Self::Info | Self::Counters => Method::GET,
             _ => Method::PUT,
         }
     }
@@ -89,6 +93,7 @@ impl Call {
             Self::Snapshot => path::VM_SNAPSHOT,
             Self::Restore => path::VM_RESTORE,
             Self::Info => path::VM_INFO,
+            Self::Counters => path::VM_COUNTERS,
             Self::Shutdown => path::VMM_SHUTDOWN,
         }
     }
@@ -182,6 +187,14 @@ impl Client {
     /// See [`VmmError`].
     pub async fn restore(&self, request: &RestoreRequest) -> Result<(), VmmError> {
         self.put(Call::Restore, request).await
+    }
+
+    /// What the VM has counted, by device.
+    ///
+    /// # Errors
+    /// See [`VmmError`].
+    pub async fn counters(&self) -> Result<VmCounters, VmmError> {
+        self.get(Call::Counters).await
     }
 
     /// What the VM is and does; `None` when the VMM has none.

@@ -1,10 +1,13 @@
 //! The trait that a backend implements, and what it is asked and answers.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use async_trait::async_trait;
 use stencil_core::{
-    GuestEnd, HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec,
+    GuestEnd, HypervisorName, InstanceDir, MemoryGeneration, MemoryMode, SnapshotDir, VmGeneration, VmPhase,
+    VmSpec,
 };
 
 use crate::{Exit, VmmError, VmmProcess};
@@ -86,6 +89,12 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// error: it is [`VmPhase::Undefined`].
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError>;
 
+    /// How the guest's pages came to it since the restore; empty where the VMM does not serve them.
+    ///
+    /// # Errors
+    /// As [`info`](Self::info).
+    async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError>;
+
     /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
     /// bounded wait. Returns when the process is proved dead and its sockets are removed.
     ///
@@ -97,10 +106,6 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
 /// What a backend can do, so that a request is refused before anything is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Whether a running VM can be paused and resumed.
-    pub pause: bool,
-    /// Whether a paused VM can be written to a snapshot and restored from it.
-    pub snapshot: bool,
     /// How a snapshot's memory can be restored.
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that a VM can have.
@@ -116,6 +121,25 @@ pub struct Restore<'a> {
     pub memory_mode: MemoryMode,
     /// Who the machine is from now on. With another identity than the snapshot has, it is a new machine: a fork.
     pub generation: &'a VmGeneration,
+    /// Which memory the snapshot holds.
+    pub memory_generation: &'a MemoryGeneration,
+    /// What is done about the pages that the guest touches first.
+    pub hot_pages: HotPages<'a>,
+}
+
+/// Counters of pages by name, as the VMM gives them: `demand_faults`, `prefetched`, `prefetch_hits`, `bytes_read`, ...
+pub type PageCounters = BTreeMap<String, u64>;
+
+/// What a restore does about the pages that the guest touches first.
+#[derive(Clone, Copy, Debug)]
+pub enum HotPages<'a> {
+    /// Nothing.
+    Unused,
+    /// Those in this list are there before the vCPUs run; a list that cannot be used is ignored.
+    Prefetch(&'a Path),
+    /// They are recorded, which takes [`MemoryMode::Uffd`]. The list appears as
+    /// [`InstanceDir::recorded_hot_pages`] when the recording closes.
+    Record,
 }
 
 /// What [`Hypervisor::info`] answers.

@@ -44,6 +44,6 @@ mod process;
 
 pub use client::{Call, Client, MAX_REPLY_BYTES};
 pub use error::VmmError;
-pub use hypervisor::{Capabilities, Hypervisor, Restore, VmStatus};
+pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, VmStatus};
 pub use microvm::MicroVm;
 pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};

@@ -21,7 +21,8 @@ use tokio::process::Command;
 use tokio::sync::OnceCell;
 
 use crate::{
-    Capabilities, Client, Exit, Hypervisor, KillGuard, Restore, VmStatus, VmmError, VmmProcess, process,
+    Capabilities, Client, Exit, HotPages, Hypervisor, KillGuard, PageCounters, Restore, VmStatus, VmmError,
+    VmmProcess, process,
 };
 
 /// The name under which instances ask for this backend.
@@ -90,9 +91,7 @@ impl Hypervisor for MicroVm {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            pause: true,
-            snapshot: true,
-            memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow],
+            memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: MAX_VCPUS,
         }
     }
@@ -145,21 +144,38 @@ impl Hypervisor for MicroVm {
     }
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
+        let (hot_pages, record_hot_pages) = match request.hot_pages {
+            HotPages::Unused => (None, None),
+            HotPages::Prefetch(list) => (Some(utf8(list)?), None),
+            HotPages::Record => (None, Some(InstanceDir::RECORDED_HOT_PAGES.to_owned())),
+        };
         let request = RestoreRequest {
             source_url: file_url(request.snapshot.path())?,
             prefault: false,
             memory_restore_mode: match request.memory_mode {
                 MemoryMode::Copy => MemoryRestoreMode::Copy,
                 MemoryMode::Cow => MemoryRestoreMode::Cow,
+                MemoryMode::Uffd => MemoryRestoreMode::Uffd,
             },
             resume: false,
             generation: Some(request.generation.to_string()),
+            memory_generation: Some(request.memory_generation.to_string()),
+            hot_pages,
+            record_hot_pages,
         };
         Client::new(dir)?.restore(&request).await
     }
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
         Ok(status(Client::new(dir)?.info().await?))
+    }
+
+    async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {
+        Ok(Client::new(dir)?
+            .counters()
+            .await?
+            .remove("pages")
+            .unwrap_or_default())
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {

@@ -20,4 +20,14 @@ macro_rules! operations {
     )*};
 }
 
-operations!(start, stop, pause, resume, standby, restore, promote, demote);
+operations!(
+    start,
+    stop,
+    pause,
+    resume,
+    standby,
+    restore,
+    promote,
+    demote,
+    record_hot_pages
+);

@@ -40,6 +40,7 @@ impl From<stencil_engine::Instance> for Instance {
             pid: None,
             timings: seen.timings.map(Timings::from),
             memory_use,
+            pages: seen.pages,
         };
         if let Some(metadata) = seen.metadata {
             instance.tell(metadata);
@@ -150,6 +151,7 @@ mod tests {
             state_error: None,
             forks: None,
             memory_use: None,
+            pages: None,
             timings: None,
         }
     }
@@ -157,6 +159,7 @@ mod tests {
     #[test]
     fn a_fork_shows_everything_that_is_known_of_it() {
         let fork = stencil_engine::Instance {
+            pages: Some([("prefetched".to_owned(), 21)].into()),
             memory_use: Some(stencil_vmm::MemoryUse {
                 pss: 1,
                 private: 2,

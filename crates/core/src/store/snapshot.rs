@@ -48,6 +48,35 @@ impl Store {
         complete(dir, manifest)
     }
 
+    /// Sets an instance's snapshot aside: it does not exist any more, and can be brought back as long as it is not
+    /// discarded. For the moment in which a VM that was restored from it begins to run.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; then it exists.
+    pub fn spend_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let dir = self.data.instance(id).snapshot();
+        match fs::rename(dir.manifest(), dir.spent_manifest()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).while_trying("set aside", &dir.manifest())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Brings a snapshot back that was set aside: the VM did not begin to run.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn regain_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let dir = self.data.instance(id).snapshot();
+        match fs::rename(dir.spent_manifest(), dir.manifest()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).while_trying("bring back", &dir.spent_manifest())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes an instance's snapshot with its directory; nothing there is fine.
     ///
     /// # Errors

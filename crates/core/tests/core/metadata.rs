@@ -82,15 +82,19 @@ fn readiness_and_memory_mode_have_their_words() {
         json!({"console": "login:"})
     );
     assert_eq!(serde_json::to_value(Readiness::None).unwrap(), json!("none"));
-    for (mode, word) in [(MemoryMode::Copy, "copy"), (MemoryMode::Cow, "cow")] {
+    for (mode, word) in [
+        (MemoryMode::Copy, "copy"),
+        (MemoryMode::Cow, "cow"),
+        (MemoryMode::Uffd, "uffd"),
+    ] {
         assert_eq!(serde_json::to_value(mode).unwrap(), json!(word));
         assert_eq!(mode.to_string(), word);
         assert_eq!(word.parse(), Ok(mode));
     }
     assert_eq!(MemoryMode::default(), MemoryMode::Cow);
     assert_eq!(
-        "uffd".parse::<MemoryMode>().unwrap_err().to_string(),
-        "a memory mode is \"copy\" or \"cow\""
+        "fast".parse::<MemoryMode>().unwrap_err().to_string(),
+        "a memory mode is \"copy\", \"cow\" or \"uffd\""
     );
 }
 

@@ -33,6 +33,7 @@ pub(crate) fn decide(
         Operation::Restore => rules::restore(state),
         Operation::Promote => rules::promote(state),
         Operation::Demote => rules::demote(state, forks),
+        Operation::RecordHotPages => rules::record_hot_pages(state),
         Operation::Delete => rules::delete(state, forks),
         Operation::Fork => return None,
     })
@@ -82,6 +83,7 @@ fn path(operation: Operation, state: State) -> Option<&'static [State]> {
         (Operation::Restore, Standby) => &[Standby, Paused, Running],
         (Operation::Promote, Standby) => &[Standby, Template],
         (Operation::Demote, Template) => &[Template, Standby],
+        (Operation::RecordHotPages, Template) => &[Template],
         _ => return None,
     })
 }

@@ -188,7 +188,7 @@ fn an_instance_whose_directory_may_not_be_read_keeps_no_server_from_starting() {
         .path()
         .join(".tmp-0-metadata.json");
     fs::write(&leftover, "").unwrap();
-    fs::set_permissions(&dir, Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&dir, Permissions::from_mode(0o000)).unwrap();
     // Root may read everything, by these capabilities; without them this thread is like any other user.
     let before = capabilities(None).unwrap();
     let mut like_others = before;

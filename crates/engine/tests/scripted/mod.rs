@@ -16,7 +16,9 @@ use stencil_core::{
     VmSpec,
 };
 use stencil_engine::{Config, CreateRequest, Engine};
-use stencil_vmm::{Capabilities, Exit, Hypervisor, Restore, VmStatus, VmmError, VmmProcess, stray_processes};
+use stencil_vmm::{
+    Capabilities, Exit, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess, stray_processes,
+};
 use tempfile::TempDir;
 
 #[derive(Debug, Default)]
@@ -78,8 +80,6 @@ impl Hypervisor for Scripted {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            pause: true,
-            snapshot: true,
             memory_modes: vec![MemoryMode::Cow],
             max_vcpus: 4,
         }
@@ -158,6 +158,10 @@ impl Hypervisor for Scripted {
             .copied()
             .unwrap_or(VmPhase::Undefined);
         Ok(VmStatus { phase, end: None })
+    }
+
+    async fn page_counters(&self, _: &InstanceDir) -> Result<PageCounters, VmmError> {
+        Ok(PageCounters::new())
     }
 
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {

@@ -1,10 +1,10 @@
 //! What the client sends, and how it reads what Cloud Hypervisor v53 answered.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use insta::assert_snapshot;
 use stencil_core::{GuestEnd, InstanceDir, MemoryMode, SnapshotDir, VmPhase, VmSpec};
-use stencil_vmm::{Client, Hypervisor, MicroVm, Restore, VmStatus};
+use stencil_vmm::{Client, HotPages, Hypervisor, MicroVm, Restore, VmStatus};
 
 use crate::directory::{Scratch, backend};
 use crate::replayer::{Replayer, Reply};
@@ -98,10 +98,13 @@ async fn snapshot_names_its_directory_by_an_absolute_url() {
 async fn restore_says_how_and_as_which_machine() {
     let snapshot = SnapshotDir::new("/data/instances/source/snapshot");
     let generation = "000102030405060708090a0b0c0d0e0f".parse().unwrap();
+    let memory_generation = "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff".parse().unwrap();
     let restore = Restore {
         snapshot: &snapshot,
         memory_mode: MemoryMode::Cow,
         generation: &generation,
+        memory_generation: &memory_generation,
+        hot_pages: HotPages::Prefetch(Path::new("/data/templates/source/hot-pages")),
     };
     let (request, restored) = exchange(Reply::Recorded("restore"), async |vmm, dir| {
         vmm.restore(&dir, &restore).await

@@ -81,6 +81,7 @@ impl World {
             Operation::Restore => rules::restore(state),
             Operation::Promote => rules::promote(state),
             Operation::Demote => rules::demote(state, &forks),
+            Operation::RecordHotPages => rules::record_hot_pages(state),
             Operation::Delete => rules::delete(state, &forks),
             Operation::Fork => unreachable!("has its own event"),
         };
@@ -105,6 +106,7 @@ impl World {
                 Operation::Restore => (metadata, snapshot, up(VmPhase::Running, false)),
                 Operation::Promote => (rules::promoted(&metadata), snapshot, VmmFacts::None),
                 Operation::Demote => (rules::demoted(&metadata), snapshot, vmm),
+                Operation::RecordHotPages => (rules::with_hot_pages(&metadata, None), snapshot, vmm),
                 Operation::Delete | Operation::Fork => (metadata, snapshot, vmm),
             };
             self.instances[index] = (operation != Operation::Delete).then_some(Facts {
