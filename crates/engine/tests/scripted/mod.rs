@@ -17,7 +17,8 @@ use stencil_core::{
 };
 use stencil_engine::{Config, CreateRequest, Engine};
 use stencil_vmm::{
-    Capabilities, Exit, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess, stray_processes,
+    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess,
+    stray_processes,
 };
 use tempfile::TempDir;
 
@@ -39,6 +40,15 @@ impl Scripted {
     /// The calls that were made, such as `restore`, in order.
     pub(crate) fn calls(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// What restores did about hot pages, in order.
+    pub(crate) fn hot_pages(&self) -> Vec<String> {
+        let about_hot_pages = ["without hot pages", "prefetching", "recording"];
+        self.calls()
+            .into_iter()
+            .filter(|call| about_hot_pages.contains(&call.as_str()))
+            .collect()
     }
 
     /// As which machines VMs were restored, in order.
@@ -80,7 +90,7 @@ impl Hypervisor for Scripted {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            memory_modes: vec![MemoryMode::Cow],
+            memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: 4,
         }
     }
@@ -144,6 +154,15 @@ impl Hypervisor for Scripted {
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
         self.call("restore")?;
         self.restored.lock().unwrap().push(*request.generation);
+        self.log.lock().unwrap().push(match request.hot_pages {
+            HotPages::Unused => "without hot pages".to_owned(),
+            HotPages::Prefetch(_) => "prefetching".to_owned(),
+            HotPages::Record => "recording".to_owned(),
+        });
+        if matches!(request.hot_pages, HotPages::Record) {
+            assert_eq!(request.memory_mode, MemoryMode::Uffd);
+            self.call("record")?;
+        }
         assert_eq!(fs::read(request.snapshot.memory_ranges()).unwrap().len(), 8192);
         self.set(dir, VmPhase::Paused);
         Ok(())
