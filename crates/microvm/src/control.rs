@@ -13,10 +13,11 @@ use tokio::sync::oneshot;
 use crate::counters::Counters;
 use crate::definition::Definition;
 use crate::error::{CallError, ComponentError, RunningError, TransitionError, VmError};
+use crate::events::{Event, Events};
 use crate::restore::{self, RestoreError};
 use crate::snapshot::{self, SnapshotError, directory_of};
 use crate::status::Status;
-use crate::vm::{BootError, MicroVm, Surroundings, Vcpus};
+use crate::vm::{BootError, MicroVm, RunError, Surroundings, Vcpus};
 
 /// What the control thread is told.
 pub(crate) enum Message {
@@ -25,8 +26,8 @@ pub(crate) enum Message {
         call: Call,
         reply: oneshot::Sender<Result<(), CallError>>,
     },
-    /// A vCPU has seen the guest end.
-    VcpuEnded,
+    /// The VM says something.
+    Event(Event),
     /// The process ends.
     Quit { done: oneshot::Sender<()> },
 }
@@ -93,10 +94,12 @@ impl Control {
         status: Arc<Status>,
         runtime: Handle,
     ) -> Self {
+        // Where nobody listens, the process is ending.
+        let events = Events::new(move |event| drop(messages.send(Message::Event(event))));
         Self {
             inbox,
             status,
-            surroundings: Surroundings { messages, runtime },
+            surroundings: Surroundings { events, runtime },
             vm: Slot::Empty,
         }
     }
@@ -116,19 +119,25 @@ impl Control {
                     // Who asked may have gone; the call is done all the same.
                     let _ = reply.send(result);
                 }
-                Message::VcpuEnded => {
-                    // A message of a run that was stopped meanwhile says nothing about this one.
-                    if matches!(&self.vm, Slot::Up(vm) if vm.has_ended()) {
-                        self.stop_vcpus();
-                    }
-                }
+                Message::Event(event) => self.look_into(event),
                 Message::Quit { done } => {
+                    self.stop_vcpus();
                     self.vm = Slot::Empty;
                     self.status.clear();
                     let _ = done.send(());
                     return;
                 }
             }
+        }
+    }
+
+    fn look_into(&mut self, event: Event) {
+        // What a VM or a run said that is gone meanwhile says nothing about this one.
+        let Slot::Up(vm) = &mut self.vm else { return };
+        match event {
+            _ if vm.has_ended() => self.stop_vcpus(),
+            Event::RecordingClosed => vm.ram.save_recording(),
+            Event::VcpuEnded | Event::MemoryLost => {}
         }
     }
 
@@ -161,6 +170,7 @@ impl Control {
             Call::Restore(request) => self.restore(&request).map_err(CallError::Restore),
             Call::Shutdown => self.shutdown().map_err(CallError::Shutdown),
             Call::Delete => {
+                self.stop_vcpus();
                 self.vm = Slot::Empty;
                 Ok(())
             }
@@ -211,12 +221,14 @@ impl Control {
         match (&mut self.vm, refused) {
             (Slot::Empty | Slot::Down { end: None, .. }, _) => Err(VmError::NotRunning),
             (Slot::Up(vm), _) if !vm.is_running() => {
-                let result = vm.resume().map_err(VmError::Run);
-                if result.is_err() {
+                let result = vm.resume();
+                match &result {
+                    Ok(()) => {}
                     // A vCPU is lost with it.
-                    self.vm = Slot::down(vm.definition.clone());
+                    Err(RunError::Thread(_)) => self.vm = Slot::down(vm.definition.clone()),
+                    Err(RunError::MemoryLost(_)) => self.stop_vcpus(),
                 }
-                result
+                result.map_err(VmError::Run)
             }
             (_, refused) => Err(VmError::Resume(refused)),
         }
@@ -254,6 +266,7 @@ impl Control {
     }
 
     fn shutdown(&mut self) -> Result<(), VmError> {
+        self.stop_vcpus();
         let definition = match &self.vm {
             Slot::Empty | Slot::Down { end: None, .. } => return Err(VmError::NotRunning),
             Slot::Down { definition, .. } => Definition::clone(definition),
@@ -266,7 +279,11 @@ impl Control {
     /// Stops the vCPUs: then the VM is paused, or, where its guest has ended, down.
     fn stop_vcpus(&mut self) {
         let Slot::Up(vm) = &mut self.vm else { return };
-        let Some(end) = vm.pause() else { return };
+        let end = vm.pause();
+        if end.as_ref().is_none_or(|end| !end.kind.is_failure()) {
+            vm.ram.save_recording();
+        }
+        let Some(end) = end else { return };
         if end.kind.is_failure() {
             tracing::error!(kind = ?end.kind, "the guest failed: {}", end.reason);
         } else {

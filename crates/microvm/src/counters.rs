@@ -1,12 +1,13 @@
 //! What `vm.counters` answers.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use stencil_vmm_api::VmCounters;
 
-use crate::restore::RestoreTimes;
+use crate::page_figures::PageFigures;
 
 /// Counters of one VM, from its boot or restore on.
 pub(crate) struct Counters {
@@ -20,6 +21,40 @@ pub(crate) struct Counters {
     pub(crate) clients_dropped: AtomicU64,
     /// How long the restore took; empty in a VM that was booted.
     pub(crate) restore: OnceLock<RestoreTimes>,
+    pages: OnceLock<Arc<PageFigures>>,
+}
+
+/// How long each phase of a restore took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RestoreTimes {
+    /// Reading config.json and state.json.
+    pub(crate) read: Duration,
+    /// Mapping the memory; reading it in `copy`, populating hot pages in `cow`, starting the page server in `uffd`.
+    pub(crate) memory: Duration,
+    /// Making the VM in KVM, without vCPUs.
+    pub(crate) machine: Duration,
+    /// Making the vCPUs and giving them their state.
+    pub(crate) vcpus: Duration,
+    /// Interrupt controllers, serial port, identity.
+    pub(crate) devices: Duration,
+    /// Waiting for the hot pages in `uffd`, which come while the rest is done.
+    pub(crate) pages: Duration,
+    pub(crate) total: Duration,
+}
+
+impl RestoreTimes {
+    fn microseconds(&self) -> [(&'static str, u64); 7] {
+        [
+            ("read_us", self.read),
+            ("memory_us", self.memory),
+            ("machine_us", self.machine),
+            ("vcpus_us", self.vcpus),
+            ("devices_us", self.devices),
+            ("pages_us", self.pages),
+            ("total_us", self.total),
+        ]
+        .map(|(name, time)| (name, u64::try_from(time.as_micros()).unwrap_or(u64::MAX)))
+    }
 }
 
 impl Counters {
@@ -30,7 +65,13 @@ impl Counters {
             serial_in: AtomicU64::new(0),
             clients_dropped: AtomicU64::new(0),
             restore: OnceLock::new(),
+            pages: OnceLock::new(),
         }
+    }
+
+    /// Those of the pages of a restored VM; only such a VM has them.
+    pub(crate) fn of_pages(&self) -> &Arc<PageFigures> {
+        self.pages.get_or_init(Arc::default)
     }
 
     pub(crate) fn read(&self) -> VmCounters {
@@ -46,6 +87,9 @@ impl Counters {
         all.insert("serial".to_owned(), device(serial));
         if let Some(times) = self.restore.get() {
             all.insert("restore".to_owned(), device(times.microseconds()));
+        }
+        if let Some(pages) = self.pages.get() {
+            all.insert("pages".to_owned(), pages.read());
         }
         all
     }

@@ -4,14 +4,16 @@
 //! clock: `disruption_marker` rises, and the time is given anew.
 
 use std::fmt;
+use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stencil_vmm_api::{GENERATION_GPA, VMCLOCK_GPA};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
+
+use crate::memory::GuestRam;
 
 /// A VM generation id: 16 bytes, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,13 +103,9 @@ impl Identity {
     }
 
     /// Writes both pages.
-    pub(crate) fn write(
-        &self,
-        memory: &GuestMemoryMmap,
-        clock: ClockReading,
-    ) -> Result<(), GuestMemoryError> {
-        memory.write_slice(&self.generation.0, GuestAddress(GENERATION_GPA))?;
-        memory.write_slice(self.vmclock(clock).as_bytes(), GuestAddress(VMCLOCK_GPA))
+    pub(crate) fn write(&self, ram: &GuestRam, clock: ClockReading) -> io::Result<()> {
+        ram.write(GENERATION_GPA, &self.generation.0)?;
+        ram.write(VMCLOCK_GPA, self.vmclock(clock).as_bytes())
     }
 
     fn vmclock(&self, clock: ClockReading) -> Vmclock {

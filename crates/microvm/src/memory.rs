@@ -3,14 +3,19 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use stencil_uffd::{Fatal, Gpa, GuestMapping, MappingError};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
     GuestRegionMmap, MmapRegion,
 };
+
+use crate::page_service::PageService;
+use crate::transfer;
 
 /// Bytes in a page.
 pub(crate) const PAGE: u64 = 4096;
@@ -58,10 +63,12 @@ pub(crate) enum MemoryError {
     Populate(#[source] io::Error),
 }
 
-/// The guest's memory, and the file below it where it is mapped from one.
+/// The guest's memory. Fields are dropped from the top: it is unmapped when nobody serves it any more.
 pub(crate) struct GuestRam {
+    /// Who fills it, page by page, where it is served.
+    pub(crate) pages: Option<PageService>,
     pub(crate) mmap: GuestMemoryMmap,
-    /// The memory file of a `cow` restore. Never written.
+    /// The memory file in which pages are that were not touched yet. Never written.
     pub(crate) base: Option<Arc<File>>,
 }
 
@@ -69,6 +76,13 @@ impl GuestRam {
     /// Empty memory. Pages exist from their first use on.
     pub(crate) fn anonymous(ranges: &[MemoryRange]) -> Result<Self, MemoryError> {
         Self::map(ranges, None)
+    }
+
+    /// Empty memory, which is to be served from the contents of `file` before anybody touches it.
+    pub(crate) fn served(file: File, ranges: &[MemoryRange]) -> Result<Self, MemoryError> {
+        let ram = Self::anonymous(ranges)?;
+        let base = Some(Arc::new(file));
+        Ok(Self { base, ..ram })
     }
 
     /// The contents of `file`, mapped privately: pages that are only read stay in the page cache. The ranges lie in
@@ -97,6 +111,7 @@ impl GuestRam {
             offset += length;
         }
         Ok(Self {
+            pages: None,
             mmap: GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Ranges)?,
             base,
         })
@@ -111,6 +126,56 @@ impl GuestRam {
             },
             region,
         })
+    }
+
+    /// The same for the page server and for `populate`.
+    pub(crate) fn mappings(&self) -> Result<Vec<GuestMapping>, MappingError> {
+        self.ranges()
+            .filter_map(|mapped| {
+                Some((
+                    mapped.range.gpa,
+                    mapped.region,
+                    NonNull::new(mapped.region.as_ptr())?,
+                ))
+            })
+            .map(|(gpa, region, start)| {
+                // SAFETY: it is one private mapping, for this guest alone. Who serves it is dropped before it is
+                // unmapped, as a field above it; and once it is served it is accessed by the guest and by system calls.
+                unsafe { GuestMapping::new(Gpa::new(gpa), start, region.size()) }
+            })
+            .collect()
+    }
+
+    /// Waits until what the guest needs first is there.
+    pub(crate) fn make_ready(&self) -> Result<(), Arc<Fatal>> {
+        self.pages.as_ref().map_or(Ok(()), PageService::make_ready)
+    }
+
+    /// To be called before the guest runs.
+    pub(crate) fn resume(&mut self) -> Result<(), Arc<Fatal>> {
+        self.pages.as_mut().map_or(Ok(()), PageService::resume)
+    }
+
+    /// Why the guest cannot go on, if a page of it cannot be had.
+    pub(crate) fn lost(&self) -> Option<Arc<Fatal>> {
+        self.pages.as_ref()?.fatal()
+    }
+
+    /// Ends the recording of hot pages, if there is one and the guest has run, and writes its list.
+    pub(crate) fn save_recording(&mut self) {
+        if let Some(pages) = &mut self.pages {
+            pages.save_recording();
+        }
+    }
+
+    /// Writes `bytes` to `gpa`, within one range.
+    pub(crate) fn write(&self, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+        let place = self
+            .mmap
+            .get_slice(GuestAddress(gpa), bytes.len())
+            .map_err(io::Error::other)?;
+        // SAFETY: all of it is guest memory, as was just looked up.
+        unsafe { transfer::write(place.ptr_guard_mut().as_ptr(), bytes) }
     }
 
     /// Makes all of it resident: pages of a file as shared copies in the page cache.
@@ -143,28 +208,24 @@ impl MappedRange<'_> {
         self.region.as_ptr().addr() as u64
     }
 
-    /// Its bytes.
-    ///
-    /// # Safety
-    ///
-    /// No vCPU may run and no device may write guest memory while the slice lives.
-    pub(crate) unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: the mapping is as long as the region, lives as long as `self`, and is not written meanwhile, which
-        // the caller promises.
-        unsafe { std::slice::from_raw_parts(self.region.as_ptr(), self.region.size()) }
+    /// Reads what is at byte `offset` of it.
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let place = usize::try_from(offset).map_err(io::Error::other)?;
+        transfer::read(self.region.as_ptr().wrapping_add(place), buffer)
     }
 
     /// Its bytes, to be filled.
     ///
     /// # Safety
     ///
-    /// As for [`bytes`](Self::bytes), and no other slice of the range may live.
+    /// No vCPU may run, no device may write guest memory, no page server may serve it, and no other slice of the range may
+    /// live while this one does.
     #[expect(
         clippy::mut_from_ref,
         reason = "guest memory is shared by nature; the caller promises to be alone"
     )]
     pub(crate) unsafe fn bytes_mut(&self) -> &mut [u8] {
-        // SAFETY: as above; the mapping is writable.
+        // SAFETY: the mapping is writable, as long as the region, and lives as long as `self`; the caller promises the rest.
         unsafe { std::slice::from_raw_parts_mut(self.region.as_ptr(), self.region.size()) }
     }
 }

@@ -31,13 +31,27 @@ impl Extents {
         }
     }
 
-    /// What is in either.
-    pub(crate) fn union(self, other: Self) -> Self {
-        let mut all: Vec<_> = self.0.into_iter().chain(other.0).collect();
-        all.sort_by_key(|range| range.start);
-        let mut merged = Self::default();
-        all.into_iter().for_each(|range| merged.push(range));
-        merged
+    /// What is in this one and not in the other.
+    pub(crate) fn minus(&self, other: &Self) -> Self {
+        let mut rest = Self::default();
+        let mut taken = other.0.iter().peekable();
+        for range in &self.0 {
+            let mut start = range.start;
+            while let Some(next) = taken.peek().filter(|next| next.start < range.end) {
+                if start < next.start {
+                    rest.0.push(start..next.start);
+                }
+                start = start.max(next.end);
+                if next.end > range.end {
+                    break;
+                }
+                taken.next();
+            }
+            if start < range.end {
+                rest.0.push(start..range.end);
+            }
+        }
+        rest
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Range<u64>> {
@@ -97,10 +111,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_union_joins_what_touches() {
-        let left = Extents(vec![0..4096, 16384..20480]);
-        let right = Extents(vec![4096..8192, 40960..45056]);
-        assert_eq!(left.union(right).0, [0..8192, 16384..20480, 40960..45056]);
+    fn a_difference_has_what_only_the_first_has() {
+        let minus = |left: &[Range<u64>], right: &[Range<u64>]| {
+            Extents(left.to_vec()).minus(&Extents(right.to_vec())).0
+        };
+        assert_eq!(minus(&[0..10, 20..30], &[]), [0..10, 20..30]);
+        assert_eq!(minus(&[], &[0..10]), []);
+        assert_eq!(minus(&[0..10, 20..30], &[0..40]), []);
+        assert_eq!(minus(&[0..10, 20..30], &[5..25]), [0..5, 25..30]);
+        assert_eq!(minus(&[5..30], &[0..6, 8..9, 29..40]), [6..8, 9..29]);
+        assert_eq!(
+            minus(&[0..10, 20..30, 40..50], &[10..20, 22..24, 50..60]),
+            [0..10, 20..22, 24..30, 40..50]
+        );
     }
 
     #[test]

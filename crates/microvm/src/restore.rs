@@ -1,20 +1,19 @@
 //! Building a VM from a snapshot, paused.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use stencil_vmm_api::{MemoryRestoreMode, RESTORE_GSI, RestoreRequest, VmConfig};
+use stencil_vmm_api::{RESTORE_GSI, RestoreRequest, VmConfig};
 
-use crate::counters::Counters;
+use crate::counters::{Counters, RestoreTimes};
 use crate::definition::{Definition, DefinitionError};
 use crate::identity::{Generation, GenerationError};
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryRange, layout};
-use crate::pagemap;
+use crate::restored_memory::{MemoryPlan, RestoredMemoryError};
 use crate::state::{CONFIG, MEMORY, STATE, STATE_VERSION, StateHeader, VmState};
 use crate::vcpu::Vcpu;
 use crate::vcpu_state::VcpuStateError;
@@ -27,8 +26,6 @@ pub(crate) enum RestoreError {
     Url(String),
     #[error("Destination is not a directory: {0:?}")]
     NotADirectory(PathBuf),
-    #[error("memory_restore_mode is OnDemand; right is Copy or Cow")]
-    Mode,
     #[error("generation is wrong")]
     Generation(#[from] GenerationError),
     #[error("{0:?} cannot be read")]
@@ -47,51 +44,23 @@ pub(crate) enum RestoreError {
     },
     #[error("state.json has {found} vCPUs, config.json {defined}")]
     Vcpus { found: usize, defined: u8 },
-    #[error("{path:?} has {found} bytes; its ranges have {expected}")]
-    MemorySize {
-        path: PathBuf,
-        found: u64,
-        expected: u64,
-    },
+    #[error(transparent)]
+    Memory(#[from] RestoredMemoryError),
     #[error(transparent)]
     Build(BuildError),
     #[error("vCPU {index} cannot be restored")]
     Vcpu { index: u8, source: VcpuStateError },
 }
 
-impl<E: Into<BuildError>> From<E> for RestoreError {
-    fn from(error: E) -> Self {
-        Self::Build(error.into())
+impl From<BuildError> for RestoreError {
+    fn from(error: BuildError) -> Self {
+        Self::Build(error)
     }
 }
 
-/// How long each phase took; see `vm.counters`.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct RestoreTimes {
-    /// Reading config.json and state.json.
-    read: Duration,
-    /// Mapping the memory, and reading it in `copy`.
-    memory: Duration,
-    /// Making the VM in KVM, without vCPUs.
-    machine: Duration,
-    /// Making the vCPUs and giving them their state.
-    vcpus: Duration,
-    /// Interrupt controllers, serial port, identity.
-    devices: Duration,
-    total: Duration,
-}
-
-impl RestoreTimes {
-    pub(crate) fn microseconds(&self) -> [(&'static str, u64); 6] {
-        [
-            ("read_us", self.read),
-            ("memory_us", self.memory),
-            ("machine_us", self.machine),
-            ("vcpus_us", self.vcpus),
-            ("devices_us", self.devices),
-            ("total_us", self.total),
-        ]
-        .map(|(name, time)| (name, u64::try_from(time.as_micros()).unwrap_or(u64::MAX)))
+impl From<MachineError> for RestoreError {
+    fn from(error: MachineError) -> Self {
+        Self::Build(error.into())
     }
 }
 
@@ -111,34 +80,62 @@ pub(crate) fn restore(
         .as_deref()
         .map(str::parse::<Generation>)
         .transpose()?;
+    let plan = MemoryPlan::of(request)?;
     let (mut definition, state) = read(directory)?;
     if let Some(generation) = machine_id {
         definition.set_generation(generation);
     }
     times.read = began.elapsed();
 
+    let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
+    let figures = Arc::clone(counters.of_pages());
+
     let phase = Instant::now();
-    let ram = memory(
-        &directory.join(MEMORY),
-        &state.memory_ranges,
-        request.memory_restore_mode,
-    )?;
-    if request.prefault {
-        ram.populate()?;
-    }
+    let (path, ranges) = (directory.join(MEMORY), &state.memory_ranges);
+    let ram = plan.restore(&path, ranges, &figures, &surroundings.events)?;
     times.memory = phase.elapsed();
 
+    let vm = build(
+        definition,
+        &state,
+        machine_id,
+        ram,
+        counters,
+        surroundings,
+        &mut times,
+    );
+    // A page that is lost fails one step or another, and none of them knows why.
+    let vm = match figures.lost() {
+        Some(fatal) => return Err(RestoredMemoryError::Lost(fatal).into()),
+        None => vm?,
+    };
+    times.total = began.elapsed();
+    tracing::info!(directory = %directory.display(), ?times, "restored");
+    // The counters are new, so there is nothing in the way.
+    let _ = vm.counters.restore.set(times);
+    Ok(vm)
+}
+
+/// Builds it around its memory, of which what the guest needs first is there when this returns.
+fn build(
+    definition: Definition,
+    state: &VmState,
+    machine_id: Option<Generation>,
+    ram: GuestRam,
+    counters: Arc<Counters>,
+    surroundings: Surroundings,
+    times: &mut RestoreTimes,
+) -> Result<MicroVm, RestoreError> {
     let phase = Instant::now();
     let machine = Machine::new(&ram)?;
     times.machine = phase.elapsed();
 
     let phase = Instant::now();
-    let vcpus = vcpus(&machine, &state)?;
+    let vcpus = vcpus(&machine, state)?;
     times.vcpus = phase.elapsed();
 
     let phase = Instant::now();
     machine.restore(&state.machine)?;
-    let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
     let identity = state.identity.clone().restored(machine_id);
     let parts = Parts {
         definition,
@@ -152,10 +149,9 @@ pub(crate) fn restore(
     vm.machine.pulse(RESTORE_GSI)?;
     times.devices = phase.elapsed();
 
-    times.total = began.elapsed();
-    tracing::info!(directory = %directory.display(), ?times, "restored");
-    // The counters are new, so there is nothing in the way.
-    let _ = vm.counters.restore.set(times);
+    let phase = Instant::now();
+    vm.ram.make_ready().map_err(RestoredMemoryError::Lost)?;
+    times.pages = phase.elapsed();
     Ok(vm)
 }
 
@@ -202,47 +198,6 @@ fn parse_state(path: &Path, text: &[u8]) -> Result<VmState, RestoreError> {
         });
     }
     parsed.map_err(|error| RestoreError::Json(path.to_owned(), error))
-}
-
-fn memory(path: &Path, ranges: &[MemoryRange], mode: MemoryRestoreMode) -> Result<GuestRam, RestoreError> {
-    let unreadable = |error| RestoreError::Read(path.to_owned(), error);
-    // Read-only: a private mapping can still be written, and the file cannot.
-    let file = File::open(path).map_err(unreadable)?;
-    let found = file.metadata().map_err(unreadable)?.len();
-    let expected = ranges.iter().map(|range| range.length).sum();
-    if found != expected {
-        return Err(RestoreError::MemorySize {
-            path: path.to_owned(),
-            found,
-            expected,
-        });
-    }
-    match mode {
-        MemoryRestoreMode::Cow => Ok(GuestRam::private_of(file, ranges)?),
-        MemoryRestoreMode::Copy => {
-            let ram = GuestRam::anonymous(ranges)?;
-            copy(&file, &ram).map_err(unreadable)?;
-            Ok(ram)
-        }
-        _ => Err(RestoreError::Mode),
-    }
-}
-
-/// Reads the file's data into new memory, which is zero where the file has holes.
-fn copy(file: &File, ram: &GuestRam) -> io::Result<()> {
-    let mut offset = 0;
-    for mapped in ram.ranges() {
-        // SAFETY: the VM is not made yet; nobody else knows this memory.
-        let bytes = unsafe { mapped.bytes_mut() };
-        for extent in pagemap::file_data(file, &(offset..offset + mapped.range.length))?.iter() {
-            let invalid = |_| io::Error::from(io::ErrorKind::InvalidData);
-            let start = usize::try_from(extent.start).map_err(invalid)?;
-            let end = usize::try_from(extent.end).map_err(invalid)?;
-            file.read_exact_at(&mut bytes[start..end], offset + extent.start)?;
-        }
-        offset += mapped.range.length;
-    }
-    Ok(())
 }
 
 fn vcpus(machine: &Machine, state: &VmState) -> Result<Vec<Vcpu>, RestoreError> {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -10,12 +11,15 @@ use serde::Serialize;
 
 use crate::VERSION;
 use crate::machine::MachineError;
-use crate::memory::{GuestRam, MappedRange, MemoryRange, PAGE_BYTES};
+use crate::memory::{GuestRam, MemoryRange, PAGE_BYTES};
 use crate::pagemap;
 use crate::state::{CONFIG, DeviceStates, MEMORY, STATE, STATE_VERSION, VmState};
 use crate::vcpu::Vcpu;
 use crate::vcpu_state::{VcpuState, VcpuStateError, msr_candidates};
 use crate::vm::MicroVm;
+
+/// Memory is copied in pieces of so many bytes, which fit a core's cache.
+const CHUNK: usize = 256 << 10;
 
 /// The snapshot cannot be written; nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +38,22 @@ pub(crate) enum SnapshotError {
     Machine(#[from] MachineError),
     #[error("the pages that the guest has touched are not known")]
     Pagemap(#[source] io::Error),
+    #[error("guest memory from gpa {gpa:#x} on cannot be read")]
+    Memory { gpa: u64, source: io::Error },
+    #[error(
+        "guest memory from gpa {gpa:#x} on cannot be read, at byte {offset} of the file that it was restored from"
+    )]
+    Base {
+        gpa: u64,
+        offset: u64,
+        source: io::Error,
+    },
+    #[error("the file that guest memory was restored from cannot be looked at")]
+    BaseLength(#[source] io::Error),
+    #[error(
+        "the file that guest memory was restored from has {found} bytes instead of {expected}: it was cut"
+    )]
+    BaseCut { found: u64, expected: u64 },
     #[error("{path:?} cannot be written")]
     Write { path: PathBuf, source: io::Error },
     #[error("{path:?} cannot be written as JSON")]
@@ -140,48 +160,103 @@ impl Drop for NewFiles<'_> {
     }
 }
 
-/// Writes all pages that are not zero; says how many bytes those are.
+/// Writes all pages that are not zero; says how many bytes those are. A page that the guest has touched is read where it
+/// is; any other is what the file has below the memory, and is read there, so that none is brought in for this.
 fn write_memory(ram: &GuestRam, file: &File, path: &Path) -> Result<u64, SnapshotError> {
-    let failed = |source| SnapshotError::Write {
-        path: path.to_owned(),
-        source,
+    let mut writer = Writer {
+        file,
+        path,
+        buffer: vec![0; CHUNK],
+        written: 0,
     };
-    let (mut offset, mut written) = (0, 0);
+    let mut offset = 0;
     for mapped in ram.ranges() {
-        let extents = candidates(ram, &mapped, offset).map_err(SnapshotError::Pagemap)?;
-        // SAFETY: the VM is paused: there are no vCPU threads, and no device writes guest memory.
-        let bytes = unsafe { mapped.bytes() };
-        for extent in extents.iter() {
-            let base = extent.start;
-            let (Ok(start), Ok(end)) = (usize::try_from(extent.start), usize::try_from(extent.end)) else {
-                return Err(failed(io::ErrorKind::InvalidData.into()));
+        let MemoryRange { gpa, length } = mapped.range;
+        let touched = pagemap::touched(mapped.host_address(), length).map_err(SnapshotError::Pagemap)?;
+        for extent in touched.iter() {
+            writer.copy(extent, offset, |at, buffer| {
+                let lost = |source| SnapshotError::Memory {
+                    gpa: gpa + at,
+                    source,
+                };
+                mapped.read(at, buffer).map_err(lost)
+            })?;
+        }
+        if let Some(base) = &ram.base {
+            let lost = |at, source| SnapshotError::Base {
+                gpa: gpa + at,
+                offset: offset + at,
+                source,
             };
-            for run in nonzero_runs(&bytes[start..end]) {
-                let at = offset + base + run.start as u64;
-                let data = &bytes[start + run.start..start + run.end];
-                file.write_all_at(data, at).map_err(failed)?;
-                written += data.len() as u64;
+            let data =
+                pagemap::file_data(base, &(offset..offset + length)).map_err(|error| lost(0, error))?;
+            for extent in data.minus(&touched).iter() {
+                writer.copy(extent, offset, |at, buffer| {
+                    base.read_exact_at(buffer, offset + at)
+                        .map_err(|error| lost(at, error))
+                })?;
             }
         }
-        offset += mapped.range.length;
+        offset += length;
     }
-    file.set_len(offset).map_err(failed)?;
-    Ok(written)
+    if let Some(base) = &ram.base {
+        check_length(base, offset)?;
+    }
+    file.set_len(offset).map_err(|source| writer.failed(source))?;
+    Ok(writer.written)
 }
 
-/// Where the memory of a range can be other than zero: pages that exist in this process, and, in memory that is mapped
-/// from a file at `offset`, that file's data.
-fn candidates(ram: &GuestRam, mapped: &MappedRange<'_>, offset: u64) -> io::Result<pagemap::Extents> {
-    let MemoryRange { length, .. } = mapped.range;
-    let touched = pagemap::touched(mapped.host_address(), length)?;
-    Ok(match &ram.base {
-        Some(file) => touched.union(pagemap::file_data(file, &(offset..offset + length))?),
-        None => touched,
-    })
+/// A file that was cut has no data where it ended, and that must not pass for zeros.
+fn check_length(base: &File, expected: u64) -> Result<(), SnapshotError> {
+    let found = base.metadata().map_err(SnapshotError::BaseLength)?.len();
+    if found < expected {
+        return Err(SnapshotError::BaseCut { found, expected });
+    }
+    Ok(())
+}
+
+struct Writer<'a> {
+    file: &'a File,
+    path: &'a Path,
+    buffer: Vec<u8>,
+    written: u64,
+}
+
+impl Writer<'_> {
+    fn failed(&self, source: io::Error) -> SnapshotError {
+        SnapshotError::Write {
+            path: self.path.to_owned(),
+            source,
+        }
+    }
+
+    /// Writes the pages of `extent` that are not zero, each as far behind `offset` as it is in its range.
+    fn copy(
+        &mut self,
+        extent: Range<u64>,
+        offset: u64,
+        read: impl Fn(u64, &mut [u8]) -> Result<(), SnapshotError>,
+    ) -> Result<(), SnapshotError> {
+        let mut at = extent.start;
+        while at < extent.end {
+            let length = usize::try_from(extent.end - at).map_or(CHUNK, |left| left.min(CHUNK));
+            let chunk = &mut self.buffer[..length];
+            read(at, chunk)?;
+            for run in nonzero_runs(&self.buffer[..length]) {
+                let data = &self.buffer[run.clone()];
+                self.file
+                    .write_all_at(data, offset + at + run.start as u64)
+                    .map_err(|source| self.failed(source))?;
+                self.written += data.len() as u64;
+            }
+            at += length as u64;
+        }
+        Ok(())
+    }
 }
 
 /// The runs of pages that are not all zero.
-fn nonzero_runs(bytes: &[u8]) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn nonzero_runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
     let mut pages = bytes.chunks(PAGE_BYTES).map(is_zero).enumerate().peekable();
     std::iter::from_fn(move || {
         let (first, _) = pages.find(|(_, zero)| !zero)?;

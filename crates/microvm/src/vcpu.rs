@@ -3,16 +3,16 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::thread::{self, JoinHandle};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use stencil_vmm_api::{VmEnd, VmEndKind};
 
-use crate::control::Message;
 use crate::counters::Counters;
+use crate::events::{Event, Events};
 use crate::kick::{KickTarget, kick};
+use crate::memory::{MemoryRange, PAGE};
 use crate::ports::Ports;
 use crate::registers::Dump;
 
@@ -30,17 +30,25 @@ pub(crate) struct Run {
     ended: AtomicBool,
     ports: Arc<Ports>,
     counters: Arc<Counters>,
-    messages: Sender<Message>,
+    memory: Vec<MemoryRange>,
+    events: Events,
 }
 
 impl Run {
-    pub(crate) fn new(ports: Arc<Ports>, counters: Arc<Counters>, messages: Sender<Message>) -> Arc<Self> {
+    /// Of a VM with so much `memory`.
+    pub(crate) fn new(
+        ports: Arc<Ports>,
+        counters: Arc<Counters>,
+        memory: Vec<MemoryRange>,
+        events: Events,
+    ) -> Arc<Self> {
         Arc::new(Self {
             stop: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             ports,
             counters,
-            messages,
+            memory,
+            events,
         })
     }
 
@@ -60,8 +68,13 @@ impl Run {
 
     fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        // Where nobody listens, the process is ending.
-        let _ = self.messages.send(Message::VcpuEnded);
+        self.events.tell(Event::VcpuEnded);
+    }
+
+    fn is_memory(&self, gpa: u64) -> bool {
+        self.memory
+            .iter()
+            .any(|range| (range.gpa..range.gpa + range.length).contains(&gpa))
     }
 }
 
@@ -89,7 +102,7 @@ impl Vcpu {
             return None;
         }
         loop {
-            let step = enter(target.0, &run.ports);
+            let step = enter(target.0, run);
             exits.fetch_add(1, Ordering::Relaxed);
             match step {
                 Step::GoOn => {}
@@ -115,22 +128,34 @@ enum Step {
     End(VmEndKind, String),
 }
 
-fn enter(vcpu: &mut VcpuFd, ports: &Ports) -> Step {
+fn enter(vcpu: &mut VcpuFd, run: &Run) -> Step {
     let exit = match vcpu.run() {
         Ok(exit) => exit,
         Err(error) => match error.errno() {
             libc::EINTR => return Step::Interrupted,
             // A vCPU that waited for INIT or SIPI was woken.
             libc::EAGAIN => return Step::GoOn,
+            libc::EFAULT => {
+                let what = "a page of guest memory cannot be had (KVM_RUN: EFAULT)".to_owned();
+                return Step::End(VmEndKind::MemoryLost, what);
+            }
             _ => return Step::End(VmEndKind::VcpuFailed, format!("KVM_RUN failed: {error}")),
         },
     };
     match exit {
-        VcpuExit::IoIn(port, data) => ports.read(port, data),
+        VcpuExit::IoIn(port, data) => run.ports.read(port, data),
         VcpuExit::IoOut(port, data) => {
-            if let Some(kind) = ports.write(port, data) {
+            if let Some(kind) = run.ports.write(port, data) {
                 return Step::End(kind, format!("{:#x} was written to port {port:#x}", data[0]));
             }
+        }
+        // Where KVM emulates an instruction and memory cannot be had, it takes the address for a device's.
+        VcpuExit::MmioRead(gpa, _) | VcpuExit::MmioWrite(gpa, _) if run.is_memory(gpa) => {
+            let what = format!(
+                "the page of guest memory at gpa {:#x} cannot be had",
+                gpa / PAGE * PAGE
+            );
+            return Step::End(VmEndKind::MemoryLost, what);
         }
         VcpuExit::MmioRead(_, data) => data.fill(0xff),
         VcpuExit::MmioWrite(..) => {}
@@ -168,7 +193,7 @@ fn end(index: u8, vcpu: &VcpuFd, kind: VmEndKind, what: &str) -> VmEnd {
     let reason = match kind {
         VmEndKind::PowerOff => format!("the guest powered off: {what}"),
         VmEndKind::Reset => format!("the guest asked for a reset: {what}"),
-        VmEndKind::TripleFault | VmEndKind::InternalError | VmEndKind::VcpuFailed => {
+        VmEndKind::TripleFault | VmEndKind::InternalError | VmEndKind::VcpuFailed | VmEndKind::MemoryLost => {
             format!("{what} on vCPU {index}: {}", Dump(vcpu))
         }
     };

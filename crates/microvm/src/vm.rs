@@ -3,21 +3,21 @@
 use std::io;
 use std::mem;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::SystemTime;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::Error as KvmError;
-use stencil_vmm_api::{SerialMode, VmEnd};
+use stencil_core::error_chain;
+use stencil_uffd::Fatal;
+use stencil_vmm_api::{SerialMode, VmEnd, VmEndKind};
 use tokio::runtime::Handle;
-use vm_memory::GuestMemoryError;
 
 use crate::boot::{self, LoadError};
 use crate::console::{Console, ConsoleError, Places};
-use crate::control::Message;
 use crate::counters::Counters;
 use crate::cpuid;
 use crate::definition::Definition;
+use crate::events::Events;
 use crate::identity::{ClockReading, Identity};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError, layout};
@@ -34,8 +34,8 @@ const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 /// What a VM needs of the process that it lives in.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
-    /// To the control thread.
-    pub(crate) messages: Sender<Message>,
+    /// To who owns the VM.
+    pub(crate) events: Events,
     /// Serves the console socket.
     pub(crate) runtime: Handle,
 }
@@ -54,7 +54,7 @@ pub(crate) enum BuildError {
     #[error("the guest's clock cannot be read")]
     Clock(#[source] VcpuStateError),
     #[error("the generation page and the vmclock page cannot be written")]
-    Identity(#[source] GuestMemoryError),
+    Identity(#[source] io::Error),
 }
 
 /// The VM cannot boot.
@@ -80,10 +80,16 @@ impl<E: Into<BuildError>> From<E> for BootError {
     }
 }
 
-/// A vCPU's thread cannot be started.
+/// The guest cannot run.
 #[derive(Debug, thiserror::Error)]
-#[error("a thread for a vCPU cannot be started")]
-pub(crate) struct RunError(#[source] io::Error);
+pub(crate) enum RunError {
+    /// A vCPU is lost with it.
+    #[error("a thread for a vCPU cannot be started")]
+    Thread(#[source] io::Error),
+    /// The guest is over.
+    #[error("the guest's memory is lost")]
+    MemoryLost(#[source] Arc<Fatal>),
+}
 
 /// A VM, running or paused. Fields are dropped from the top: the memory is unmapped when KVM has let go of it.
 pub(crate) struct MicroVm {
@@ -149,13 +155,14 @@ impl MicroVm {
         matches!(self.vcpus, Vcpus::Running { .. })
     }
 
-    /// Whether it runs and a vCPU has ended it.
+    /// Whether it has ended: by a vCPU that runs, or because its memory is lost.
     pub(crate) fn has_ended(&self) -> bool {
-        matches!(&self.vcpus, Vcpus::Running { run, .. } if run.has_ended())
+        matches!(&self.vcpus, Vcpus::Running { run, .. } if run.has_ended()) || self.ram.lost().is_some()
     }
 
     /// Lets the vCPUs run; nothing where they do.
     pub(crate) fn resume(&mut self) -> Result<(), RunError> {
+        self.ram.resume().map_err(RunError::MemoryLost)?;
         let vcpus = match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
             Vcpus::Paused(vcpus) => vcpus,
             running @ Vcpus::Running { .. } => {
@@ -166,7 +173,8 @@ impl MicroVm {
         let run = Run::new(
             Arc::clone(&self.ports),
             Arc::clone(&self.counters),
-            self.surroundings.messages.clone(),
+            self.ram.ranges().map(|mapped| mapped.range).collect(),
+            self.surroundings.events.clone(),
         );
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
@@ -175,7 +183,7 @@ impl MicroVm {
                 Err(error) => {
                     // That vCPU is lost with its thread: the caller has to end the VM.
                     self.vcpus = Vcpus::Paused(stop_all(&run, threads).0);
-                    return Err(RunError(error));
+                    return Err(RunError::Thread(error));
                 }
             }
         }
@@ -185,16 +193,18 @@ impl MicroVm {
 
     /// Stops the vCPUs. `Some`: the guest has ended meanwhile, and why.
     pub(crate) fn pause(&mut self) -> Option<VmEnd> {
-        match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
-            Vcpus::Paused(vcpus) => {
-                self.vcpus = Vcpus::Paused(vcpus);
-                None
-            }
-            Vcpus::Running { run, threads } => {
-                let (vcpus, end) = stop_all(&run, threads);
-                self.vcpus = Vcpus::Paused(vcpus);
-                end
-            }
+        let (vcpus, end) = match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
+            Vcpus::Paused(vcpus) => (vcpus, None),
+            Vcpus::Running { run, threads } => stop_all(&run, threads),
+        };
+        self.vcpus = Vcpus::Paused(vcpus);
+        match self.ram.lost() {
+            // Whatever a vCPU made of it, this is the reason.
+            Some(fatal) if end.as_ref().is_none_or(|end| end.kind.is_failure()) => Some(VmEnd {
+                kind: VmEndKind::MemoryLost,
+                reason: format!("the guest's memory is lost: {}", error_chain(&fatal)),
+            }),
+            _ => end,
         }
     }
 }
@@ -256,7 +266,7 @@ impl Parts {
                 utc,
                 tsc_khz: first.fd.get_tsc_khz().ok(),
             };
-            identity.write(&ram.mmap, clock).map_err(BuildError::Identity)?;
+            identity.write(&ram, clock).map_err(BuildError::Identity)?;
         }
         Ok(MicroVm {
             definition,

@@ -73,6 +73,8 @@ pub enum VmEndKind {
     InternalError,
     /// `KVM_EXIT_FAIL_ENTRY`, a failed `KVM_RUN`, or an exit that the VMM does not know.
     VcpuFailed,
+    /// A page of its memory could not be read. It saw no other in its place.
+    MemoryLost,
 }
 
 impl VmEndKind {
@@ -80,7 +82,7 @@ impl VmEndKind {
     pub fn is_failure(self) -> bool {
         match self {
             Self::PowerOff | Self::Reset => false,
-            Self::TripleFault | Self::InternalError | Self::VcpuFailed => true,
+            Self::TripleFault | Self::InternalError | Self::VcpuFailed | Self::MemoryLost => true,
         }
     }
 }

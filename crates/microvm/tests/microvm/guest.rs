@@ -179,6 +179,10 @@ tg_loop:
     je tg_high
     cmpb $'H', %al
     je tg_high_value
+    cmpb $'f', %al
+    je tg_fill
+    cmpb $'+', %al
+    je tg_sum
     cmpb $'a', %al
     je tg_second
     cmpb $'A', %al
@@ -239,12 +243,7 @@ tg_write:
     call tg_print
     jmp tg_loop
 tg_store:
-    movw $0x3fd, %dx
-3:  inb %dx, %al
-    testb $1, %al
-    jz 3b
-    movw $0x3f8, %dx
-    inb %dx, %al
+    call tg_getc
     movb %al, SCRATCH
     leaq tg_stored(%rip), %rsi
     call tg_print
@@ -264,6 +263,44 @@ tg_high:
     jmp tg_loop
 tg_high_value:
     movabsq $0x140000000, %rsi
+    movl $8, %ecx
+    jmp tg_hex
+# Writes n + 1 to page n from SCRATCH on, of as many pages as the next character says.
+tg_fill:
+    call tg_getpages
+    movq $SCRATCH, %rdi
+    movl $1, %eax
+10: movq %rax, (%rdi)
+    addq $0x1000, %rdi
+    incq %rax
+    decl %ecx
+    jnz 10b
+    leaq tg_filled(%rip), %rsi
+    call tg_print
+    jmp tg_loop
+# Adds up what the same pages have, in a scattered order that is always the same, and says the sum. It writes to each
+# eighth of them, elsewhere in the page.
+tg_sum:
+    call tg_getpages
+    leal -1(%rcx), %r8d
+    xorl %r9d, %r9d
+    xorl %ebx, %ebx
+11: movl %ebx, %eax
+    imull $2654435761, %eax, %eax
+    andl %r8d, %eax
+    shlq $12, %rax
+    addq $SCRATCH, %rax
+    addq (%rax), %r9
+    testl $7, %ebx
+    jnz 12f
+    movq %rbx, 8(%rax)
+12: incl %ebx
+    decl %ecx
+    jnz 11b
+    movq %r9, tg_total(%rip)
+    leaq tg_sum_text(%rip), %rsi
+    call tg_print
+    leaq tg_total(%rip), %rsi
     movl $8, %ecx
     jmp tg_hex
 tg_second:
@@ -330,6 +367,22 @@ tg_putc:
     movw $0x3f8, %dx
     outb %al, %dx
     ret
+tg_getc:
+    movw $0x3fd, %dx
+3:  inb %dx, %al
+    testb $1, %al
+    jz 3b
+    movw $0x3f8, %dx
+    inb %dx, %al
+    ret
+# %ecx pages: 256 for the digit 0, and twice as many for each one more.
+tg_getpages:
+    call tg_getc
+    leal (8 - '0')(%rax), %ecx
+    movl $1, %eax
+    shll %cl, %eax
+    movl %eax, %ecx
+    ret
 # The text at %rsi, up to a zero.
 tg_print:
     movb (%rsi), %al
@@ -373,12 +426,15 @@ tg_trampoline:
 tg_trampoline_end:
     .code64
 
+tg_total: .quad 0
 tg_counter: .byte 0
 tg_restored: .byte 0
 tg_ready: .asciz "ready\n"
 tg_restored_text: .asciz "restored\n"
 tg_pong: .asciz "pong\n"
 tg_counter_text: .asciz "counter "
+tg_filled: .asciz "filled\n"
+tg_sum_text: .asciz "sum "
 tg_written: .asciz "written\n"
 tg_stored: .asciz "stored\n"
 tg_value_text: .asciz "value "
@@ -395,6 +451,12 @@ test_guest_end:
 unsafe extern "C" {
     static test_guest_start: u8;
     static test_guest_end: u8;
+}
+
+/// What the guest answers to `+` and the digit when it has all pages that `f` and the digit wrote.
+pub(crate) fn sum(digit: u32) -> String {
+    let pages = 1_u64 << (digit + 8);
+    format!("sum {}\n", hex::encode((pages * (pages + 1) / 2).to_le_bytes()))
 }
 
 fn code() -> &'static [u8] {

@@ -10,5 +10,6 @@ mod ends;
 mod guest;
 mod process;
 mod replies;
+mod served;
 mod snapshots;
 mod vmm;

@@ -1,4 +1,4 @@
-//! Snapshots, and restores from them by copying and by mapping.
+//! Snapshots, and restores from them in each way.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -10,7 +10,7 @@ use crate::guest::SCRATCH;
 use crate::vmm::{Vmm, restore_request, url};
 
 const MIB: u64 = 1 << 20;
-const MODES: [&str; 2] = ["Copy", "Cow"];
+const MODES: [&str; 3] = ["Copy", "Cow", "Uffd"];
 
 /// What `vm.restore` refuses a snapshot for: the last line.
 fn refusal(snapshot: &Path) -> String {
@@ -77,26 +77,28 @@ fn memory_ranges_has_its_data_at_the_right_place_and_holes_elsewhere() {
 }
 
 #[test]
-fn a_snapshot_of_a_mapped_vm_holds_what_it_read_and_what_it_wrote() {
+fn a_snapshot_of_a_lazily_restored_vm_holds_what_it_read_and_what_it_wrote() {
     let source = Vmm::booted(64 * MIB);
     source.ask("w", "written\n");
     let first = source.snapshot("s");
-    let fork = Vmm::restored(&first, "Cow", None);
-    fork.done("vm.resume", &Value::Null);
-    fork.ask("sZ", "stored\n");
-    let second = fork.snapshot("s");
-    let (before, after) = (
-        fs::read(first.join("memory-ranges")).unwrap(),
-        fs::read(second.join("memory-ranges")).unwrap(),
-    );
-    let at = |mib: u64| usize::try_from(SCRATCH + mib * MIB).unwrap();
-    assert_eq!((before[at(0)], after[at(0)]), (b'w', b'Z'));
-    // Never touched by the fork.
-    assert!((1..16).all(|mib| after[at(mib)] == b'w'));
-    for mode in MODES {
-        let again = Vmm::restored(&second, mode, None);
-        again.done("vm.resume", &Value::Null);
-        again.ask("v", "value Z\n");
+    for mode in ["Cow", "Uffd"] {
+        let fork = Vmm::restored(&first, mode, None);
+        fork.done("vm.resume", &Value::Null);
+        fork.ask("sZ", "stored\n");
+        let second = fork.snapshot("s");
+        let (before, after) = (
+            fs::read(first.join("memory-ranges")).unwrap(),
+            fs::read(second.join("memory-ranges")).unwrap(),
+        );
+        let at = |mib: u64| usize::try_from(SCRATCH + mib * MIB).unwrap();
+        assert_eq!((before[at(0)], after[at(0)]), (b'w', b'Z'));
+        // Never touched by the fork.
+        assert!((1..16).all(|mib| after[at(mib)] == b'w'));
+        for mode in MODES {
+            let again = Vmm::restored(&second, mode, None);
+            again.done("vm.resume", &Value::Null);
+            again.ask("v", "value Z\n");
+        }
     }
 }
 
@@ -106,15 +108,9 @@ fn two_forks_at_once_do_not_see_each_other_and_leave_the_file_as_it_is() {
     source.ask("w", "written\n");
     let snapshot = source.snapshot("s");
     let before = fs::read(snapshot.join("memory-ranges")).unwrap();
-    let forks: Vec<_> = ["x", "y"]
-        .into_iter()
-        .map(|text| {
-            (
-                text,
-                Vmm::restored(&snapshot, "Cow", Some(&text_generation(text))),
-            )
-        })
-        .collect();
+    let forks = [("x", "Cow"), ("y", "Cow"), ("z", "Uffd"), ("u", "Uffd")];
+    let forks =
+        forks.map(|(text, mode)| (text, Vmm::restored(&snapshot, mode, Some(&text_generation(text)))));
     for (text, fork) in &forks {
         fork.done("vm.resume", &Value::Null);
         fork.ask(&format!("s{text}"), "stored\n");
@@ -236,7 +232,7 @@ fn restore_runs_at_once_and_makes_memory_resident_where_it_is_asked_to() {
     let source = Vmm::booted(64 * MIB);
     source.ask("w", "written\n");
     let snapshot = source.snapshot("s");
-    for mode in MODES {
+    for mode in ["Copy", "Cow"] {
         let vmm = Vmm::start();
         let mut request = restore_request(&snapshot, mode, None);
         request["resume"] = json!(true);
@@ -354,7 +350,7 @@ fn ways_to_restore_that_are_not_there_are_refused() {
     let reply = vmm.put("vm.restore", &restore_request(&snapshot, "OnDemand", None));
     assert_eq!(
         reply.body[3],
-        "memory_restore_mode is OnDemand; right is Copy or Cow"
+        "memory_restore_mode is OnDemand; right is Copy, Cow or Uffd"
     );
     let reply = vmm.put("vm.restore", &restore_request(&snapshot, "Cow", Some("short")));
     assert_eq!(

@@ -178,6 +178,17 @@ impl Vmm {
         }
     }
 
+    /// Waits until the VMM has put a file at `path`, in its own directory.
+    pub(crate) fn wait_for_file(&self, path: &Path) {
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+        let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
+        inotify::add_watch(&watch, self.path(), events).unwrap();
+        while !path.exists() {
+            assert!(wait_readable(&watch), "no {path:?}; {}", self.log());
+            rustix::io::read(&watch, &mut [0_u8; 4096]).unwrap();
+        }
+    }
+
     /// Hands `input` to the guest, and waits for `answer`.
     pub(crate) fn ask(&self, input: &str, answer: &str) -> String {
         let _attached = self.send(input);
