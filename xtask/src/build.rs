@@ -60,19 +60,39 @@ pub(crate) fn target_directory() -> Result<PathBuf, BuildError> {
 
 /// Builds the server, the client and the microVM in release, and the guest.
 pub(crate) fn build() -> Result<Built, BuildError> {
-    let mut build = cargo();
-    build.args([
-        "build",
-        "--release",
-        "--package=stencil",
-        "--package=stencil-microvm",
-    ]);
-    cargo_run("cargo build", &mut build)?;
-    let guest = guest::build().map_err(|error| BuildError::Guest(error.into()))?;
+    release(&["--package=stencil", "--package=stencil-microvm"])?;
     Ok(Built {
         stencil: target_directory()?.join("release/stencil"),
-        guest,
+        guest: test_guest()?,
     })
+}
+
+/// The microVM alone, and what it boots.
+#[derive(Clone, Debug)]
+pub(crate) struct BuiltVmm {
+    /// The `stencil-microvm` binary.
+    pub(crate) microvm: PathBuf,
+    /// The bare-metal test guest, an ELF with a PVH note.
+    pub(crate) guest: PathBuf,
+}
+
+/// Builds the microVM in release, and the guest.
+pub(crate) fn microvm() -> Result<BuiltVmm, BuildError> {
+    release(&["--package=stencil-microvm"])?;
+    Ok(BuiltVmm {
+        microvm: target_directory()?.join("release/stencil-microvm"),
+        guest: test_guest()?,
+    })
+}
+
+fn release(packages: &[&str]) -> Result<(), BuildError> {
+    let mut build = cargo();
+    build.args(["build", "--release"]).args(packages);
+    cargo_run("cargo build", &mut build).map(drop)
+}
+
+fn test_guest() -> Result<PathBuf, BuildError> {
+    guest::build().map_err(|error| BuildError::Guest(error.into()))
 }
 
 fn cargo_run(what: &'static str, cargo: &mut Command) -> Result<String, BuildError> {

@@ -2,7 +2,7 @@
 //!
 //! | module | role |
 //! |---|---|
-//! | `setup`, `demo`, `e2e`, `ci` | the tasks |
+//! | `setup`, `demo`, `e2e`, `bench`, `ci` | the tasks |
 //! | `host`, `build`, `guest` | what the host can do; the binaries and the test guest |
 //! | `server`, `processes` | a `stencil serve` of its own, and proof that nothing of it stays |
 //! | `client`, `guest_console`, `arrivals` | talking to the server, to a guest, and seeing forks arrive |
@@ -12,6 +12,7 @@
 //! Nothing here links a crate of Stencil: it drives the binaries from outside, as a user would.
 
 mod arrivals;
+mod bench;
 mod build;
 mod ci;
 mod client;
@@ -47,6 +48,9 @@ enum Task {
     Demo(demo::Options),
     /// Drives the real binaries through every scenario.
     E2e(e2e::Options),
+    /// Measures, and writes down what it found.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Runs all checks and tests.
     Ci,
 }
@@ -62,6 +66,8 @@ enum TaskError {
     Command(#[from] command::CommandError),
     #[error(transparent)]
     Demo(#[from] demo::DemoError),
+    #[error(transparent)]
+    Bench(#[from] bench::BenchError),
     #[error("could not listen for Ctrl-C")]
     Interrupt(#[source] std::io::Error),
     #[error("could not write {}", path.display())]
@@ -96,6 +102,7 @@ fn run(task: &Task) -> Result<bool, TaskError> {
         Task::Setup => setup::run().map(|()| true).map_err(TaskError::from),
         Task::Demo(options) => demo::run(options),
         Task::E2e(options) => e2e::run(options),
+        Task::Bench(bench) => bench::run(bench).map(|()| true),
         Task::Ci => ci::run(),
     }
 }

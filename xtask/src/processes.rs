@@ -44,6 +44,22 @@ pub(crate) fn working_below(directory: &Path) -> Vec<Found> {
         .collect()
 }
 
+/// Kills the processes that [work below](working_below) `root`, and waits until they have ended.
+pub(crate) fn end_all_below(root: &Path) {
+    let mut found = working_below(root);
+    // A server works in the root itself, and its VMMs further below.
+    found.sort_by_key(|process| fs::read_link(format!("/proc/{}/cwd", process.pid.as_raw_nonzero())).ok());
+    for process in found {
+        if let Err(error) = kill(process.pid) {
+            eprintln!(
+                "process {} ({}) could not be killed: {error}",
+                process.pid.as_raw_nonzero(),
+                process.command
+            );
+        }
+    }
+}
+
 /// Whether a process lives; one that has ended and was not reaped yet does not.
 pub(crate) fn lives(pid: Pid) -> bool {
     match pidfd_open(pid, PidfdFlags::empty()) {

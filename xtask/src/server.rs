@@ -77,7 +77,7 @@ impl Server {
         let path = root.path().to_owned();
         let undone = UndoneOnInterrupt::by(move || {
             // The server first, or it would take notice of its VMMs' ends.
-            end_all_below(&path);
+            processes::end_all_below(&path);
             let _ = std::fs::remove_dir_all(&path);
         });
         let log = Arc::new(Mutex::new(String::new()));
@@ -263,7 +263,7 @@ impl Drop for Server {
             // Only on the way out of a failure, which is the one to tell.
             let _ = self.kill9();
         }
-        end_all_below(self.root.path());
+        processes::end_all_below(self.root.path());
     }
 }
 
@@ -277,21 +277,4 @@ pub(crate) fn serve(stencil: &Path, data: &Path) -> Command {
         .stdin(Stdio::null())
         .env("RUST_LOG", "info");
     command
-}
-
-fn end_all_below(root: &Path) {
-    let mut found = processes::working_below(root);
-    // A server works in the root itself, and its VMMs further below.
-    found.sort_by_key(|process| {
-        std::fs::read_link(format!("/proc/{}/cwd", process.pid.as_raw_nonzero())).ok()
-    });
-    for process in found {
-        if let Err(error) = processes::kill(process.pid) {
-            eprintln!(
-                "process {} ({}) could not be killed: {error}",
-                process.pid.as_raw_nonzero(),
-                process.command
-            );
-        }
-    }
 }

@@ -1,0 +1,271 @@
+//! From runs to figures: quantiles, rows, and the targets that they are held against.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::restores::{Measured, Way};
+use super::sizes::{LARGE, OfSize, SMALL};
+use super::template::MIB;
+
+/// Whether the snapshot was in the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cache {
+    Warm,
+    Cold,
+}
+
+impl Cache {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
+}
+
+/// The runs of one way.
+#[derive(Clone, Debug)]
+pub(super) struct Series {
+    pub(super) cache: Cache,
+    pub(super) way: Way,
+    pub(super) runs: Vec<Measured>,
+}
+
+impl Series {
+    pub(super) fn new(cache: Cache, way: Way) -> Self {
+        Self {
+            cache,
+            way,
+            runs: Vec::new(),
+        }
+    }
+
+    pub(super) fn quantiles(&self, figure: impl Fn(&Measured) -> f64) -> Quantiles {
+        Quantiles::of(self.runs.iter().map(figure))
+    }
+}
+
+/// All that a run of the benchmark found.
+#[derive(Debug)]
+pub(super) struct Findings {
+    pub(super) series: Vec<Series>,
+    pub(super) sizes: Vec<OfSize>,
+    /// The share of the snapshot that could not be dropped from the page cache, if it was too much.
+    pub(super) left_cached: Option<f64>,
+    /// The load of the host, before and after.
+    pub(super) load: [String; 2],
+}
+
+/// What is told of some values: nearest-rank quantiles.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Quantiles {
+    pub(super) p50: f64,
+    p90: f64,
+    p99: f64,
+    pub(super) max: f64,
+    n: usize,
+}
+
+impl Quantiles {
+    pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let n = values.len();
+        let at = |percent: usize| {
+            let rank = (n * percent).div_ceil(100).max(1);
+            values.get(rank - 1).copied().unwrap_or(f64::NAN)
+        };
+        Self {
+            p50: at(50),
+            p90: at(90),
+            p99: at(99),
+            max: at(100),
+            n,
+        }
+    }
+}
+
+/// A row of the results.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    name: String,
+    unit: &'static str,
+    quantiles: Quantiles,
+}
+
+impl Row {
+    pub(super) fn json(&self) -> Value {
+        let Quantiles {
+            p50,
+            p90,
+            p99,
+            max,
+            n,
+        } = self.quantiles;
+        json!({"name": self.name, "unit": self.unit, "p50": p50, "p90": p90, "p99": p99, "max": max, "n": n})
+    }
+}
+
+/// On which side of a target a value is right.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+/// A ratio that is aimed at.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub(super) name: String,
+    pub(super) value: f64,
+    pub(super) bound: Bound,
+}
+
+impl Target {
+    pub(super) fn is_met(&self) -> bool {
+        match self.bound {
+            Bound::AtMost(target) => self.value <= target,
+            Bound::AtLeast(target) => self.value >= target,
+        }
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let (Bound::AtMost(target) | Bound::AtLeast(target)) = self.bound;
+        json!({"name": self.name, "value": self.value, "target": target, "ok": self.is_met()})
+    }
+}
+
+impl Findings {
+    /// A figure of one way; not a number where it was not measured.
+    pub(super) fn p50(&self, cache: Cache, way: Way, figure: impl Fn(&Measured) -> f64) -> f64 {
+        let series = self
+            .series
+            .iter()
+            .find(|series| series.cache == cache && series.way == way);
+        series.map_or(f64::NAN, |series| series.quantiles(figure).p50)
+    }
+
+    pub(super) fn of_size(&self, way: Way, memory: u64, figure: impl Fn(&OfSize) -> &[Duration]) -> f64 {
+        let found = self
+            .sizes
+            .iter()
+            .find(|of_size| of_size.way == way && of_size.memory == memory);
+        found.map_or(f64::NAN, |of_size| {
+            Quantiles::of(figure(of_size).iter().copied().map(milliseconds)).p50
+        })
+    }
+
+    pub(super) fn rows(&self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for series in &self.series {
+            let about = format!("{} ({} page cache)", series.way.name(), series.cache.name());
+            for (what, unit, figure) in [
+                ("resume to done", "ms", run as fn(&Measured) -> f64),
+                ("restore", "ms", restore),
+                ("demand faults", "faults", |run| count(run.demand_faults)),
+                ("prefetched", "pages", |run| count(run.prefetched)),
+                ("host page faults", "faults", |run| count(run.host_faults)),
+                ("private memory", "MiB", private),
+            ] {
+                rows.push(Row {
+                    name: format!("{about}: {what}"),
+                    unit,
+                    quantiles: series.quantiles(figure),
+                });
+            }
+        }
+        for of_size in &self.sizes {
+            rows.push(Row {
+                name: format!("{} of {} MiB: restore", of_size.way.name(), of_size.memory / MIB),
+                unit: "ms",
+                quantiles: Quantiles::of(of_size.restores.iter().copied().map(milliseconds)),
+            });
+        }
+        rows
+    }
+
+    pub(super) fn targets(&self) -> Vec<Target> {
+        use Cache::{Cold, Warm};
+        let target = |name: &str, value, bound| Target {
+            name: name.to_owned(),
+            value,
+            bound,
+        };
+        let ratio = |cache, way, to, figure: fn(&Measured) -> f64| {
+            self.p50(cache, way, figure) / self.p50(cache, to, figure)
+        };
+        let faults = |run: &Measured| count(run.demand_faults);
+        let mut targets = vec![
+            target(
+                "demand faults of uffd with hot pages, to those of uffd",
+                ratio(Warm, Way::UffdHot, Way::Uffd, faults),
+                Bound::AtMost(0.01),
+            ),
+            target(
+                "time of cow with hot pages, to copy",
+                ratio(Warm, Way::CowHot, Way::Copy, run),
+                Bound::AtMost(1.05),
+            ),
+            target(
+                "time of uffd with hot pages, to copy",
+                ratio(Warm, Way::UffdHot, Way::Copy, run),
+                Bound::AtMost(1.10),
+            ),
+            target(
+                "time of uffd recording, to uffd",
+                ratio(Warm, Way::UffdRecording, Way::Uffd, run),
+                Bound::AtMost(1.25),
+            ),
+        ];
+        for (name, plain, hot) in [("uffd", Way::Uffd, Way::UffdHot), ("cow", Way::Cow, Way::CowHot)] {
+            targets.push(target(
+                &format!("cold: time of {name}, to {name} with hot pages"),
+                ratio(Cold, plain, hot, run),
+                Bound::AtLeast(3.0),
+            ));
+            targets.push(target(
+                &format!("cold: the same for {name} with the restore in both times"),
+                ratio(Cold, plain, hot, whole),
+                Bound::AtLeast(3.0),
+            ));
+        }
+        for way in [Way::Cow, Way::Uffd] {
+            let of = |memory| self.of_size(way, memory, |of_size| &of_size.restores);
+            targets.push(target(
+                &format!("restore of 8 GiB, to that of 128 MiB, in {}", way.name()),
+                of(LARGE) / of(SMALL),
+                Bound::AtMost(1.15),
+            ));
+        }
+        targets
+    }
+}
+
+pub(super) fn run(run: &Measured) -> f64 {
+    milliseconds(run.run)
+}
+
+pub(super) fn restore(run: &Measured) -> f64 {
+    milliseconds(run.restore)
+}
+
+pub(super) fn whole(run: &Measured) -> f64 {
+    milliseconds(run.restore + run.run)
+}
+
+pub(super) fn private(run: &Measured) -> f64 {
+    count(run.private_bytes) / count(MIB)
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts of faults, pages and bytes, far below 2^52"
+)]
+pub(super) fn count(count: u64) -> f64 {
+    count as f64
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

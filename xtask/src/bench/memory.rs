@@ -1,0 +1,103 @@
+//! The benchmark of memory: every way to restore, in turns, with the snapshot in the page cache and without.
+
+use std::path::Path;
+
+use super::BenchError;
+use super::figures::{Cache, Findings, Series};
+use super::page_cache::Cached;
+use super::restores::{Restores, Way};
+use super::{sizes, template};
+use crate::build::BuiltVmm;
+use crate::interrupt::UndoneOnInterrupt;
+use crate::{processes, report};
+
+/// Above this share of its pages in the page cache, the snapshot was not cold.
+const COLD: f64 = 0.01;
+
+/// Does all of it, `rounds` times each.
+pub(super) fn measure(built: &BuiltVmm, rounds: usize) -> Result<Findings, BenchError> {
+    let parent = std::env::temp_dir();
+    let root = tempfile::Builder::new()
+        .prefix("stencil-bench-")
+        .tempdir_in(&parent)
+        .map_err(|source| BenchError::Io {
+            what: "make a directory in",
+            path: parent,
+            source,
+        })?;
+    let path = root.path().to_owned();
+    let _undone = UndoneOnInterrupt::by(move || {
+        processes::end_all_below(&path);
+        let _ = std::fs::remove_dir_all(&path);
+    });
+    let load_before = load();
+    let mut restores = report::step("a guest has filled its 512 MiB; its snapshot is taken", || {
+        Ok::<_, BenchError>(Restores {
+            microvm: built.microvm.clone(),
+            snapshot: template::filled(built, root.path())?,
+            root: root.path().to_owned(),
+            list: root.path().join("hot-pages"),
+            right: Vec::new(),
+        })
+    })?;
+    report::step("hot pages recorded", || restores.record())?;
+    let (series, left_cached) = report::step("every way to restore measured, in turns", || {
+        in_turns(&restores, rounds)
+    })?;
+    let sizes = report::step("restores of 128 MiB and of 8 GiB measured", || {
+        sizes::measure(built, root.path(), rounds)
+    })?;
+    let findings = Findings {
+        series,
+        sizes,
+        left_cached: (left_cached > COLD).then_some(left_cached),
+        load: [load_before, load()],
+    };
+    clear(root)?;
+    Ok(findings)
+}
+
+/// One run of each a round, so that noise comes to all; also the most that stayed in the page cache when it was emptied.
+fn in_turns(restores: &Restores, rounds: usize) -> Result<(Vec<Series>, f64), BenchError> {
+    let memory = Cached::open(&restores.snapshot.join("memory-ranges"))?;
+    let warm = Way::ALL.map(|way| Series::new(Cache::Warm, way));
+    let cold = [Way::Cow, Way::CowHot, Way::Uffd, Way::UffdHot].map(|way| Series::new(Cache::Cold, way));
+    let mut all: Vec<Series> = warm.into_iter().chain(cold).collect();
+    let mut left_cached = 0_f64;
+    let bar = report::bar("restores", (all.len() * rounds) as u64);
+    for _ in 0..rounds {
+        memory.warm()?;
+        for series in &mut all {
+            if series.cache == Cache::Cold {
+                left_cached = left_cached.max(memory.drop_pages()?);
+            }
+            series.runs.push(restores.measure(series.way)?);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok((all, left_cached))
+}
+
+/// Removes the directory; whatever still works in it is a failure.
+fn clear(root: tempfile::TempDir) -> Result<(), BenchError> {
+    let left = processes::working_below(root.path());
+    processes::end_all_below(root.path());
+    let path = root.path().to_owned();
+    root.close().map_err(|source| BenchError::Io {
+        what: "remove",
+        path,
+        source,
+    })?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    let left = left.into_iter().map(|found| format!("process {}", found.command));
+    Err(BenchError::LeftBehind(left.collect()))
+}
+
+/// Programs that wanted to run in the last minute, as the kernel counts them.
+fn load() -> String {
+    let text = std::fs::read_to_string(Path::new("/proc/loadavg")).unwrap_or_default();
+    text.split(' ').next().unwrap_or("unknown").to_owned()
+}
