@@ -165,6 +165,12 @@ impl Findings {
                 ("restore", "ms", restore),
                 ("demand faults", "faults", |run| count(run.demand_faults)),
                 ("prefetched", "pages", |run| count(run.prefetched)),
+                ("prefetched as written", "pages", |run| {
+                    count(run.prefetched_written)
+                }),
+                ("write-protect faults", "faults", |run| {
+                    count(run.write_protect_faults)
+                }),
                 ("host page faults", "faults", |run| count(run.host_faults)),
                 ("private memory", "MiB", private),
             ] {

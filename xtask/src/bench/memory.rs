@@ -57,26 +57,36 @@ pub(super) fn measure(built: &BuiltVmm, rounds: usize) -> Result<Findings, Bench
     Ok(findings)
 }
 
+/// The ways that are tried without the page cache: `copy` reads all of it anyway, before the guest runs.
+const COLD_WAYS: [Way; 4] = [Way::Cow, Way::CowHot, Way::Uffd, Way::UffdHot];
+
 /// One run of each a round, so that noise comes to all; also the most that stayed in the page cache when it was emptied.
 fn in_turns(restores: &Restores, rounds: usize) -> Result<(Vec<Series>, f64), BenchError> {
     let memory = Cached::open(&restores.snapshot.join("memory-ranges"))?;
-    let warm = Way::ALL.map(|way| Series::new(Cache::Warm, way));
-    let cold = [Way::Cow, Way::CowHot, Way::Uffd, Way::UffdHot].map(|way| Series::new(Cache::Cold, way));
-    let mut all: Vec<Series> = warm.into_iter().chain(cold).collect();
+    let mut warm = Way::ALL.map(|way| Series::new(Cache::Warm, way));
+    let mut cold = COLD_WAYS.map(|way| Series::new(Cache::Cold, way));
     let mut left_cached = 0_f64;
-    let bar = report::bar("restores", (all.len() * rounds) as u64);
-    for _ in 0..rounds {
+    let bar = report::bar("restores", ((warm.len() + cold.len()) * rounds) as u64);
+    for round in 0..rounds {
         memory.warm()?;
-        for series in &mut all {
-            if series.cache == Cache::Cold {
-                left_cached = left_cached.max(memory.drop_pages()?);
-            }
+        for series in beginning_at(&mut warm, round) {
+            series.runs.push(restores.measure(series.way)?);
+            bar.inc(1);
+        }
+        for series in beginning_at(&mut cold, round) {
+            left_cached = left_cached.max(memory.drop_pages()?);
             series.runs.push(restores.measure(series.way)?);
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
-    Ok((all, left_cached))
+    Ok((warm.into_iter().chain(cold).collect(), left_cached))
+}
+
+/// All of them, each round beginning at another, so that none always follows the same one.
+fn beginning_at(series: &mut [Series], round: usize) -> impl Iterator<Item = &mut Series> {
+    let (before, from) = series.split_at_mut(round % series.len());
+    from.iter_mut().chain(before)
 }
 
 /// Removes the directory; whatever still works in it is a failure.

@@ -84,6 +84,10 @@ pub(super) struct Measured {
     pub(super) demand_faults: u64,
     /// Pages that came before they were touched.
     pub(super) prefetched: u64,
+    /// Those of them that came as private copies, because they were recorded as written; only told in `cow`.
+    pub(super) prefetched_written: u64,
+    /// Faults of the guest's first writes to pages that it had read, which only a recording asks for.
+    pub(super) write_protect_faults: u64,
     /// Page faults of the VMM's process meanwhile.
     pub(super) host_faults: u64,
     /// What the VM shares with nobody, when its work is done.
@@ -138,6 +142,8 @@ impl Restores {
             run: ended.saturating_duration_since(began),
             demand_faults: count("demand_faults"),
             prefetched: count("prefetched"),
+            prefetched_written: count("prefetched_written"),
+            write_protect_faults: count("write_protect_faults"),
             host_faults: after.faults.saturating_sub(before.faults),
             private_bytes: after.private_bytes,
         };

@@ -30,7 +30,7 @@ const _: () = assert!(TOUCHES * STRIDE * 4096 == AREA, "the sweeps cover the are
 pub(super) const SWEPT: &str = "ok touched=";
 pub(super) const SWEEPS: usize = STARTS.len();
 
-/// Boots a guest with `memory` bytes in the VMM's directory and pauses it when it is ready.
+/// Boots a guest with `memory` bytes, and waits until it is ready.
 pub(super) fn boot(built: &BuiltVmm, directory: PathBuf, memory: u64) -> Result<Vmm, BenchError> {
     let vmm = Vmm::start(&built.microvm, directory)?;
     let definition = json!({
