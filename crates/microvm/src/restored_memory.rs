@@ -33,8 +33,6 @@ pub(crate) enum RestoredMemoryError {
         "record_hot_pages and hot_pages are both there; a page that is there before it is touched is not recorded"
     )]
     RecordAndFetch,
-    #[error("record_hot_pages is {0:?}; right is an absolute path")]
-    RecordPath(PathBuf),
     #[error("{0} needs memory_generation, to know of which memory the list is")]
     NoGeneration(&'static str),
     #[error("memory_generation is wrong")]
@@ -124,8 +122,7 @@ impl MemoryPlan {
                 let pages = match (hot, record) {
                     (None, None) => First::Unknown,
                     (Some(path), None) => First::Hot(path),
-                    (None, Some(path)) if path.is_absolute() => First::Record(path),
-                    (None, Some(path)) => return Err(Wrong::RecordPath(path)),
+                    (None, Some(path)) => First::Record(path),
                     (Some(_), Some(_)) => return Err(Wrong::RecordAndFetch),
                 };
                 How::Uffd { pages }

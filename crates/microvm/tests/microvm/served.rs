@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use stencil_core::generation::MemoryGeneration;
-use stencil_uffd::HotPages;
+use stencil_uffd::{Gpa, HotPages, Mark};
 
 use crate::guest::{SCRATCH, sum};
 use crate::vmm::{Vmm, restore_request};
@@ -241,11 +241,6 @@ fn requests_that_ask_for_what_cannot_be_are_refused() {
         ),
         (
             "Uffd",
-            json!({"record_hot_pages": "list"}),
-            "right is an absolute path",
-        ),
-        (
-            "Uffd",
             json!({"hot_pages": "/l", "memory_generation": null}),
             "hot_pages needs memory_generation",
         ),
@@ -371,22 +366,21 @@ fn pausing_while_pages_come_loses_none() {
     }
 }
 
-#[test]
-fn a_guest_is_saved_whole_while_its_hot_pages_still_come() {
+/// The snapshot of a guest that has filled 128 MiB, and a list of them: more than is there before the guest runs.
+fn large() -> (Vmm, PathBuf, PathBuf) {
     let source = Vmm::booted(256 * MIB);
     source.ask("f7", "filled\n");
     let snapshot = source.snapshot("s");
-    // More than is there before the guest runs: 128 MiB.
     let list = source.path().join("hot-pages");
-    let touches = (0..32768).map(|page| {
-        (
-            stencil_uffd::Gpa::new(SCRATCH + page * 4096),
-            stencil_uffd::Mark::Read,
-        )
-    });
-    HotPages::from_touches(MEMORY.parse().unwrap(), touches)
-        .save(&list)
-        .unwrap();
+    let touches = (0..32768).map(|page| (Gpa::new(SCRATCH + page * 4096), Mark::Read));
+    let hot = HotPages::from_touches(MEMORY.parse().unwrap(), touches);
+    hot.save(&list).unwrap();
+    (source, snapshot, list)
+}
+
+#[test]
+fn a_guest_is_saved_whole_while_its_hot_pages_still_come() {
+    let (_source, snapshot, list) = large();
     let vmm = restored(&snapshot, "Uffd", &json!({"hot_pages": list}));
     let second = vmm.snapshot("s");
     assert!(pages(&vmm, "prefetched") >= 16384);
@@ -395,6 +389,29 @@ fn a_guest_is_saved_whole_while_its_hot_pages_still_come() {
     let scratch = usize::try_from(SCRATCH).unwrap();
     assert!(before[scratch..] == after[scratch..]);
     restored(&second, "Cow", &json!({})).ask("+7", &sum(7));
+}
+
+#[test]
+fn a_guest_that_waits_ends_when_its_memory_is_lost() {
+    let (_source, snapshot, list) = large();
+    let file = snapshot.join("memory-ranges");
+    let whole = contents(&snapshot);
+    for resume in [false, true] {
+        // All hot pages may have come before the file is cut; not each time.
+        loop {
+            let vmm = Vmm::start();
+            let more = json!({"hot_pages": list, "resume": resume});
+            vmm.done("vm.restore", &request(&snapshot, "Uffd", &more));
+            cut(&snapshot);
+            while vmm.state() != "Shutdown" && pages(&vmm, "prefetched") < 32768 {}
+            fs::write(&file, &whole).unwrap();
+            if vmm.state() == "Shutdown" {
+                let end = &vmm.get("vm.info").body["end"];
+                assert_eq!(end["kind"], "memory_lost", "{end}");
+                break;
+            }
+        }
+    }
 }
 
 fn contents(snapshot: &Path) -> Vec<u8> {
