@@ -7,6 +7,7 @@ mod continuity;
 mod crashes;
 mod failure;
 mod forks;
+mod hot_pages;
 mod lifecycle;
 mod memory;
 mod races;
@@ -100,6 +101,7 @@ fn scenarios() -> Vec<Scenario> {
         states::SCENARIOS,
         continuity::SCENARIOS,
         forks::SCENARIOS,
+        hot_pages::SCENARIOS,
         records::SCENARIOS,
         crashes::SCENARIOS,
         snapshots::SCENARIOS,

@@ -161,7 +161,7 @@ impl Findings {
                 resident * 1e3 / pages
             ),
             format!(
-                "On top of it a page costs {:.1} us in `cow`, {:.1} us in `uffd`, {:.1} us while recording; with hot pages {:.1} us in `cow`, {:.1} us in `uffd`.",
+                "Compared with that, a page costs {:+.1} us in `cow`, {:+.1} us in `uffd`, {:+.1} us while recording; with hot pages {:+.1} us in `cow`, {:+.1} us in `uffd`.",
                 each(Way::Cow),
                 each(Way::Uffd),
                 each(Way::UffdRecording),

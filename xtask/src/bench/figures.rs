@@ -231,7 +231,7 @@ impl Findings {
                 Bound::AtLeast(3.0),
             ));
             targets.push(target(
-                &format!("cold: the same for {name} with the restore in both times"),
+                &format!("cold: restore and time of {name}, to those of {name} with hot pages"),
                 ratio(Cold, plain, hot, whole),
                 Bound::AtLeast(3.0),
             ));

@@ -55,7 +55,7 @@ fn memory_modes(world: &mut World) -> Result<(), Failure> {
     let hash = template.hash(0, 2 * PAGES)?;
     template.act("standby")?;
     template.act("promote-template")?;
-    for mode in ["copy", "cow"] {
+    for mode in ["copy", "cow", "uffd"] {
         let fork = template.fork(json!({"memory_mode": mode}))?;
         same("its memory mode", mode.to_owned(), fork.text("memory_mode")?)?;
         same(

@@ -61,7 +61,7 @@ fn above_the_hole(world: &mut World) -> Result<(), Failure> {
     }
     vm.act("standby")?;
     vm.act("promote-template")?;
-    for mode in ["cow", "copy"] {
+    for mode in ["cow", "copy", "uffd"] {
         let fork = vm.fork(json!({"memory_mode": mode}))?;
         for ((page, count), hash) in written.iter().zip(&hashes) {
             same(

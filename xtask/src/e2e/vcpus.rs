@@ -65,7 +65,7 @@ fn two_started(world: &mut World) -> Result<(), Failure> {
     uses_both(&vm)?;
     vm.act("standby")?;
     vm.act("promote-template")?;
-    for mode in ["copy", "cow"] {
+    for mode in ["copy", "cow", "uffd"] {
         let fork = vm.fork(json!({"memory_mode": mode}))?;
         uses_both(&fork)?;
         fork.answers()?;
