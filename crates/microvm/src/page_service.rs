@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stencil_core::error_chain;
-use stencil_uffd::{Fatal, GuestMapping, HotPages, MemoryImage, Notice, PageServer, Plan};
-use stencil_uffd::{Settings, StartError, Window};
+use stencil_uffd::{
+    Fatal, GuestMapping, HotPages, Notice, PageServer, PageSource, Plan, Settings, StartError, Window,
+};
 
 use crate::events::{Event, Events};
 use crate::page_figures::PageFigures;
@@ -16,11 +17,12 @@ use crate::page_figures::PageFigures;
 /// which it is needed, which costs it less than the wait.
 const PREFETCH_BUDGET: u64 = 64 << 20;
 
-/// What is recorded. A fork is ready, and has answered its first request, well within 2 s even where each page is a
-/// fault; what comes later is the work of that one guest, and of no use to the next. 65536 pages are 256 MiB: a guest
-/// that touches more in that time sweeps its memory, and prefetching that would be restoring it by copying.
+/// What is recorded. A fork is ready, and has answered its first request, well within this time; what comes later is the
+/// work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: some 130 us a
+/// page, 2 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory, and to
+/// prefetch that would be to restore it by copying.
 const RECORDING: Window = Window {
-    duration: Duration::from_secs(2),
+    duration: Duration::from_secs(5),
     pages: 65536,
 };
 
@@ -49,7 +51,7 @@ impl PageService {
     /// Serves `mappings`, which nobody has touched.
     pub(crate) fn start(
         mappings: &[GuestMapping],
-        image: Arc<MemoryImage>,
+        source: Arc<dyn PageSource>,
         ahead: Ahead,
         figures: Arc<PageFigures>,
         events: Events,
@@ -79,7 +81,7 @@ impl PageService {
                 Notice::RecordingClosed(_) => Event::RecordingClosed,
             });
         };
-        let server = Arc::new(PageServer::start(mappings, image, settings, notify)?);
+        let server = Arc::new(PageServer::start(mappings, source, settings, notify)?);
         figures.begin(&server);
         Ok(Self {
             server,
@@ -134,5 +136,113 @@ impl Drop for PageService {
     fn drop(&mut self) {
         // With this, `server` is the last that holds it, and stops it where it is dropped.
         self.figures.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::mpsc::{Receiver, channel};
+
+    use stencil_core::generation::MemoryGeneration;
+    use stencil_uffd::{Extent, Gpa, Mark, RangeTable};
+
+    use super::*;
+    use crate::memory::{GuestRam, MemoryRange};
+
+    /// Memory whose bytes are all 7, up to a place from which on its disk fails.
+    #[derive(Debug)]
+    struct Failing {
+        table: RangeTable,
+        generation: MemoryGeneration,
+        from: u64,
+    }
+
+    impl PageSource for Failing {
+        fn table(&self) -> &RangeTable {
+            &self.table
+        }
+
+        fn generation(&self) -> MemoryGeneration {
+            self.generation
+        }
+
+        fn extent(&self, _: u64, limit: u64) -> io::Result<Extent> {
+            Ok(Extent::Data(limit))
+        }
+
+        fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            if offset + buffer.len() as u64 > self.from {
+                return Err(io::Error::other("the disk is broken"));
+            }
+            buffer.fill(7);
+            Ok(())
+        }
+    }
+
+    /// 128 MiB in two ranges, of which all is hot, and nothing can be read from byte `from` on.
+    fn served(from: u64) -> (GuestRam, Receiver<Event>) {
+        let half = 64 << 20;
+        let ranges = [0, 1 << 32].map(|gpa| MemoryRange { gpa, length: half });
+        let generation = MemoryGeneration::random();
+        let table = RangeTable::packed(ranges.map(|range| (Gpa::new(range.gpa), range.length))).unwrap();
+        let touches = ranges.iter().flat_map(|range| {
+            (0..half)
+                .step_by(4096)
+                .map(|at| (Gpa::new(range.gpa + at), Mark::Read))
+        });
+        let hot = HotPages::from_touches(generation, touches);
+        let source = Failing {
+            table,
+            generation,
+            from,
+        };
+        let (tell, told) = channel();
+        let events = Events::new(move |event| tell.send(event).unwrap());
+        let mut ram = GuestRam::anonymous(&ranges).unwrap();
+        let mappings = ram.mappings().unwrap();
+        let figures = Arc::new(PageFigures::default());
+        let pages = PageService::start(&mappings, Arc::new(source), Ahead::Fetch(hot), figures, events);
+        ram.pages = Some(pages.unwrap());
+        (ram, told)
+    }
+
+    /// Whether the VMM can write the memory, or learns that it cannot.
+    fn is_writable(ram: &GuestRam, gpa: u64) -> bool {
+        match ram.write(gpa, b"new") {
+            Ok(()) => true,
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+                false
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_is_told_before_the_guest_runs() {
+        let (ram, told) = served(0x9000);
+        let why = error_chain(&ram.make_ready().unwrap_err());
+        assert_eq!(
+            why,
+            "the page at gpa 0x9000 cannot be read, at byte 36864 of the image: the disk is broken"
+        );
+        assert!(matches!(told.recv(), Ok(Event::MemoryLost)));
+        // The notice comes first, and then the memory goes.
+        while is_writable(&ram, 0x5000) {}
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_behind_the_guest_is_told_though_nobody_touches_it() {
+        let (mut ram, told) = served((64 << 20) + 0x3000);
+        ram.make_ready().unwrap();
+        // It may run, or have been too late already.
+        let _ = ram.resume();
+        assert!(matches!(told.recv(), Ok(Event::MemoryLost)));
+        let why = error_chain(&ram.lost().unwrap());
+        assert!(
+            why.starts_with("the page at gpa 0x100003000 cannot be read, at byte 67121152 of the image"),
+            "{why}"
+        );
+        while is_writable(&ram, 0x1_0000_1000) {}
     }
 }
