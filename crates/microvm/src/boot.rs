@@ -4,78 +4,20 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
 use std::path::PathBuf;
 
-use linux_loader::configurator::Error as ConfiguratorError;
-use linux_loader::loader::Error as LoaderError;
 use stencil_vmm_api::{GENERATION_GPA, PayloadConfig};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
-use crate::memory::{GuestRam, HOLE, MemoryRange, PAGE};
+use crate::kernel::{CMDLINE_MAX, LoadError, MapEntry, MapKind, Parameters};
+use crate::memory::{GuestRam, MemoryRange, PAGE};
 use crate::mptable;
 use crate::registers::Entry;
 use crate::{bzimage, pvh};
 
-/// The command line: up to 64 KiB, with the zero at its end.
+/// Where the command line lies, up to [`CMDLINE_MAX`] bytes.
 const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
-const CMDLINE_MAX: usize = 0x1_0000;
 /// Where the legacy video and BIOS areas begin: the end of the memory below 1 MiB.
 const LEGACY: u64 = 0xa_0000;
 const HIGH_MEMORY: u64 = 0x10_0000;
-
-/// What the payload names cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum LoadError {
-    #[error("payload.kernel is missing; right is the path of an ELF with a PVH note, or of a bzImage")]
-    NoKernel,
-    #[error("payload.{field} cannot be read: {path:?}")]
-    Read {
-        field: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
-    #[error("payload.kernel {0:?} is neither an ELF nor a bzImage")]
-    UnknownFormat(PathBuf),
-    #[error("payload.kernel {0:?} is an ELF without a PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")]
-    NoPvhNote(PathBuf),
-    #[error("payload.kernel {0:?} is a bzImage without a 64-bit entry point")]
-    No64BitEntry(PathBuf),
-    #[error("payload.kernel {path:?} cannot be loaded")]
-    Kernel { path: PathBuf, source: LoaderError },
-    #[error("payload.cmdline has {0} bytes; up to {max} fit", max = CMDLINE_MAX - 1)]
-    Cmdline(usize),
-    #[error(
-        "payload.initramfs {path:?} of {size} bytes does not fit between the kernel and the end of memory"
-    )]
-    NoRoom { path: PathBuf, size: u64 },
-    #[error("the kernel needs memory up to {needed:#x}; below 3 GiB the VM has {has:#x} bytes")]
-    TooSmall { needed: u64, has: u64 },
-    #[error("what the kernel is told does not fit guest memory")]
-    Parameters(#[from] ConfiguratorError),
-    #[error("guest memory cannot be written")]
-    Memory(#[from] GuestMemoryError),
-    #[error("the MP table cannot be written")]
-    MpTable(#[source] GuestMemoryError),
-}
-
-/// What a boot protocol tells the kernel.
-pub(crate) struct Parameters {
-    pub(crate) cmdline: GuestAddress,
-    pub(crate) initrd: Option<MemoryRange>,
-    pub(crate) map: Vec<MapEntry>,
-}
-
-/// An entry of the memory map that the guest is given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct MapEntry {
-    pub(crate) range: MemoryRange,
-    pub(crate) kind: MapKind,
-}
-
-/// Numbers as in E820, which PVH shares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum MapKind {
-    Ram = 1,
-    Reserved = 2,
-}
 
 /// Loads all of it; says where the first vCPU begins.
 pub(crate) fn load(ram: &GuestRam, payload: &PayloadConfig, vcpus: u8) -> Result<Entry, LoadError> {
@@ -181,20 +123,6 @@ fn load_initrd(
 /// Bytes of memory below the hole.
 fn low_memory(ram: &GuestRam) -> u64 {
     ram.ranges().next().map_or(0, |low| low.range.length)
-}
-
-/// Checks that the kernel's memory, up to `end`, is there.
-pub(crate) fn check_room(memory: &GuestMemoryMmap, end: u64) -> Result<(), LoadError> {
-    let has = memory
-        .iter()
-        .next()
-        .map_or(0, vm_memory::GuestMemoryRegion::len)
-        .min(HOLE.start);
-    if end > has {
-        Err(LoadError::TooSmall { needed: end, has })
-    } else {
-        Ok(())
-    }
 }
 
 /// RAM, less the pages that are the VMM's, and less the legacy area below 1 MiB.

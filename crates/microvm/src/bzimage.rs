@@ -10,7 +10,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::boot::{LoadError, Parameters, check_room};
+use crate::kernel::{LoadError, Parameters, check_room};
 use crate::registers::Entry;
 
 const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);

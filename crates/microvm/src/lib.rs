@@ -7,9 +7,10 @@
 //!    | commands        ^ status: what vm.info answers
 //!    v                 |
 //!  control         owns the one MicroVm: memory, KVM fds, devices, config
-//!    | starts, joins   ^ "a vCPU has ended"
+//!    | starts, joins   ^ events: a vCPU has ended, a page cannot be read, hot pages are recorded
 //!    v                 |
 //!  vcpu0..N        run the guest; exist only while it runs: pausing ends them, and each gives back its VcpuFd
+//!  pages-0         fills guest memory in `Uffd`: started before KVM sees the memory, ended when KVM is gone
 //! ```
 //!
 //! So everything that makes up a paused VM is in one value in one thread, and can be saved, dropped or built again there.
@@ -51,6 +52,7 @@ mod definition;
 mod error;
 mod events;
 mod identity;
+mod kernel;
 mod kick;
 mod locked;
 mod machine;
@@ -61,6 +63,7 @@ mod page_service;
 mod pagemap;
 mod ports;
 mod pvh;
+mod raw;
 mod registers;
 mod restore;
 mod restored_memory;

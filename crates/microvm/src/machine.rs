@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
-use crate::state::Raw;
+use crate::raw::Raw;
 
 /// Three pages in the hole below 4 GiB that KVM on Intel needs for a task state segment; any that the guest does not
 /// use (KVM_SET_TSS_ADDR, Linux, Documentation/virt/kvm/api.rst).

@@ -218,14 +218,15 @@ impl MappedRange<'_> {
     ///
     /// # Safety
     ///
-    /// No vCPU may run, no device may write guest memory, no page server may serve it, and no other slice of the range may
-    /// live while this one does.
+    /// No vCPU may run, no device may write guest memory, no page server may serve it, and no other slice of the range
+    /// may live while this one does.
     #[expect(
         clippy::mut_from_ref,
         reason = "guest memory is shared by nature; the caller promises to be alone"
     )]
     pub(crate) unsafe fn bytes_mut(&self) -> &mut [u8] {
-        // SAFETY: the mapping is writable, as long as the region, and lives as long as `self`; the caller promises the rest.
+        // SAFETY: the mapping is writable, as long as the region, and lives as long as `self`; the caller promises the
+        // rest.
         unsafe { std::slice::from_raw_parts_mut(self.region.as_ptr(), self.region.size()) }
     }
 }

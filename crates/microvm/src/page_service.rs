@@ -1,26 +1,29 @@
 //! Guest memory that comes page by page, as it is touched or just before: the page server of one VM.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stencil_core::error_chain;
 use stencil_uffd::{
-    Fatal, GuestMapping, HotPages, Notice, PageServer, PageSource, Plan, Settings, StartError, Window,
+    Fatal, Gpa, GuestMapping, HotPages, Notice, PageServer, PageSource, Plan, Settings, StartError, Window,
 };
 
 use crate::events::{Event, Events};
+use crate::memory::PAGE_BYTES;
 use crate::page_figures::PageFigures;
+use crate::transfer;
 
 /// How much of the hot pages a guest waits for before it runs, in bytes. In large runs these take some 20 ms where the
 /// file is in the page cache; a guest that needs more in its first moments has it come behind its back, in the order in
 /// which it is needed, which costs it less than the wait.
 const PREFETCH_BUDGET: u64 = 64 << 20;
 
-/// What is recorded. A fork is ready, and has answered its first request, well within this time; what comes later is the
-/// work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: some 130 us a
-/// page, 2 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory, and to
-/// prefetch that would be to restore it by copying.
+/// What is recorded. A fork is ready, and has answered its first request, well within this time; what comes later is
+/// the work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: some
+/// 130 us a page, 2 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory,
+/// and to prefetch that would be to restore it by copying.
 const RECORDING: Window = Window {
     duration: Duration::from_secs(5),
     pages: 65536,
@@ -37,6 +40,8 @@ pub(crate) enum Ahead {
 /// The page server of a VM. It is dropped when KVM has let go of the memory, and while that is still mapped.
 pub(crate) struct PageService {
     server: Arc<PageServer>,
+    source: Arc<dyn PageSource>,
+    mappings: Vec<GuestMapping>,
     figures: Arc<PageFigures>,
     recording: Option<Recording>,
 }
@@ -81,10 +86,12 @@ impl PageService {
                 Notice::RecordingClosed(_) => Event::RecordingClosed,
             });
         };
-        let server = Arc::new(PageServer::start(mappings, source, settings, notify)?);
+        let server = Arc::new(PageServer::start(mappings, Arc::clone(&source), settings, notify)?);
         figures.begin(&server);
         Ok(Self {
             server,
+            source,
+            mappings: mappings.to_vec(),
             figures,
             recording,
         })
@@ -118,17 +125,36 @@ impl PageService {
         let Some(Recording { path, .. }) = self.recording.take_if(|recording| recording.has_run) else {
             return;
         };
-        let Some(recording) = self.server.take_recording() else {
+        let Some(mut recording) = self.server.take_recording() else {
             return;
         };
+        // A page that cannot be compared counts as it was recorded.
+        recording.keep_written(|gpa| self.differs(gpa).unwrap_or(true));
         let hot = recording.hot_pages();
         match hot.save(&path) {
             Ok(()) => {
                 self.figures.recorded(hot.pages());
-                tracing::info!(path = %path.display(), pages = hot.pages(), closed = ?recording.closed, "hot pages recorded");
+                let (pages, closed) = (hot.pages(), recording.closed);
+                tracing::info!(path = %path.display(), pages, ?closed, "hot pages recorded");
             }
             Err(error) => tracing::error!("hot pages are not recorded: {}", error_chain(&error)),
         }
+    }
+}
+
+impl PageService {
+    /// Whether a page of the guest, which is there, has other bytes than the snapshot.
+    fn differs(&self, gpa: Gpa) -> io::Result<bool> {
+        let is_in = |mapping: &&GuestMapping| {
+            gpa.get().checked_sub(mapping.gpa().get()).is_some_and(|place| place < mapping.size() as u64)
+        };
+        let mapping = self.mappings.iter().find(is_in).ok_or(io::ErrorKind::NotFound)?;
+        let offset = self.source.table().offset_of(gpa).ok_or(io::ErrorKind::NotFound)?;
+        let place = usize::try_from(gpa.get() - mapping.gpa().get()).map_err(io::Error::other)?;
+        let (mut now, mut then) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        transfer::read(mapping.host().as_ptr().wrapping_add(place), &mut now)?;
+        self.source.read(offset, &mut then)?;
+        Ok(now != then)
     }
 }
 

@@ -10,7 +10,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::boot::{LoadError, Parameters, check_room};
+use crate::kernel::{LoadError, Parameters, check_room};
 use crate::registers::Entry;
 
 const START_INFO: GuestAddress = GuestAddress(0x6000);

@@ -135,8 +135,8 @@ impl MemoryPlan {
         })
     }
 
-    /// Brings back the memory of the file at `path`, in which the ranges lie one after the other. A page of it may still
-    /// be missing, and come when it is touched.
+    /// Brings back the memory of the file at `path`, in which the ranges lie one after the other. A page of it may
+    /// still be missing, and come when it is touched.
     pub(crate) fn restore(
         self,
         path: &Path,

@@ -160,8 +160,9 @@ impl Drop for NewFiles<'_> {
     }
 }
 
-/// Writes all pages that are not zero; says how many bytes those are. A page that the guest has touched is read where it
-/// is; any other is what the file has below the memory, and is read there, so that none is brought in for this.
+/// Writes all pages that are not zero; says how many bytes those are. A page that the guest has touched is read where
+/// it is. Any other is what the file below the memory has, and is read there: none is brought in for this. (Nothing
+/// here discards memory, so a page that is not there was never touched.)
 fn write_memory(ram: &GuestRam, file: &File, path: &Path) -> Result<u64, SnapshotError> {
     let mut writer = Writer {
         file,

@@ -7,7 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Error as KvmError, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use crate::state::Raw;
+use crate::raw::Raw;
 
 /// IA32_TIME_STAMP_COUNTER.
 const MSR_TSC: u32 = 0x10;

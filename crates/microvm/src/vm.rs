@@ -12,13 +12,14 @@ use stencil_uffd::Fatal;
 use stencil_vmm_api::{SerialMode, VmEnd, VmEndKind};
 use tokio::runtime::Handle;
 
-use crate::boot::{self, LoadError};
+use crate::boot;
 use crate::console::{Console, ConsoleError, Places};
 use crate::counters::Counters;
 use crate::cpuid;
 use crate::definition::Definition;
 use crate::events::Events;
 use crate::identity::{ClockReading, Identity};
+use crate::kernel::LoadError;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::ports::Ports;

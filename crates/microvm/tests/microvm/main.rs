@@ -8,6 +8,7 @@
 mod boots;
 mod ends;
 mod guest;
+mod lost;
 mod process;
 mod replies;
 mod served;
