@@ -18,6 +18,8 @@ const FORK: &str = "0f0e0d0c0b0a09080706050403020100";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     Copy,
+    /// All of it mapped before the guest runs.
+    CowResident,
     Cow,
     CowHot,
     Uffd,
@@ -26,8 +28,9 @@ pub(super) enum Way {
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::Copy,
+        Self::CowResident,
         Self::Cow,
         Self::CowHot,
         Self::Uffd,
@@ -38,6 +41,7 @@ impl Way {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Copy => "copy",
+            Self::CowResident => "cow, prefault",
             Self::Cow => "cow",
             Self::CowHot => "cow, hot pages",
             Self::Uffd => "uffd",
@@ -50,7 +54,7 @@ impl Way {
     pub(super) fn mode(self) -> &'static str {
         match self {
             Self::Copy => "Copy",
-            Self::Cow | Self::CowHot => "Cow",
+            Self::CowResident | Self::Cow | Self::CowHot => "Cow",
             Self::Uffd | Self::UffdHot | Self::UffdRecording => "Uffd",
         }
     }
@@ -157,6 +161,7 @@ impl Restores {
             "memory_restore_mode": way.mode(),
             "generation": FORK,
             "memory_generation": MEMORY_GENERATION,
+            "prefault": way == Way::CowResident,
         });
         if way.has_hot_pages() {
             request["hot_pages"] = json!(self.list);
