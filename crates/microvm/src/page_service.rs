@@ -21,8 +21,8 @@ use crate::transfer;
 const PREFETCH_BUDGET: u64 = 64 << 20;
 
 /// What is recorded. A fork is ready, and has answered its first request, well within this time; what comes later is
-/// the work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: some
-/// 130 us a page, 2 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory,
+/// the work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: 40
+/// to 190 us a page, up to 3 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory,
 /// and to prefetch that would be to restore it by copying.
 const RECORDING: Window = Window {
     duration: Duration::from_secs(5),
@@ -86,7 +86,12 @@ impl PageService {
                 Notice::RecordingClosed(_) => Event::RecordingClosed,
             });
         };
-        let server = Arc::new(PageServer::start(mappings, Arc::clone(&source), settings, notify)?);
+        let server = Arc::new(PageServer::start(
+            mappings,
+            Arc::clone(&source),
+            settings,
+            notify,
+        )?);
         figures.begin(&server);
         Ok(Self {
             server,
@@ -146,10 +151,16 @@ impl PageService {
     /// Whether a page of the guest, which is there, has other bytes than the snapshot.
     fn differs(&self, gpa: Gpa) -> io::Result<bool> {
         let is_in = |mapping: &&GuestMapping| {
-            gpa.get().checked_sub(mapping.gpa().get()).is_some_and(|place| place < mapping.size() as u64)
+            gpa.get()
+                .checked_sub(mapping.gpa().get())
+                .is_some_and(|place| place < mapping.size() as u64)
         };
         let mapping = self.mappings.iter().find(is_in).ok_or(io::ErrorKind::NotFound)?;
-        let offset = self.source.table().offset_of(gpa).ok_or(io::ErrorKind::NotFound)?;
+        let offset = self
+            .source
+            .table()
+            .offset_of(gpa)
+            .ok_or(io::ErrorKind::NotFound)?;
         let place = usize::try_from(gpa.get() - mapping.gpa().get()).map_err(io::Error::other)?;
         let (mut now, mut then) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
         transfer::read(mapping.host().as_ptr().wrapping_add(place), &mut now)?;
