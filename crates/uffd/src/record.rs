@@ -54,6 +54,19 @@ pub struct Recording {
 }
 
 impl Recording {
+    /// Marks as read the written pages that `is_changed` denies.
+    ///
+    /// KVM fetches a page that is not there behind the vCPU (its asynchronous page faults), and asks for it as if to
+    /// write, whatever the guest does (Linux, `virt/kvm/async_pf.c`). So of a vCPU's first touch userfaultfd knows
+    /// only that there was one; whether the page was written, its bytes tell.
+    pub fn keep_written(&mut self, mut is_changed: impl FnMut(Gpa) -> bool) {
+        for touch in &mut self.touches {
+            if touch.mark == Mark::Written && !is_changed(touch.gpa) {
+                touch.mark = Mark::Read;
+            }
+        }
+    }
+
     /// The list that is kept of it.
     #[must_use]
     pub fn hot_pages(&self) -> HotPages {

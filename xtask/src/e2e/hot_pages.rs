@@ -70,6 +70,16 @@ fn recorded_and_used(world: &mut World) -> Result<(), Failure> {
     let (template, hash) = recorded(world)?;
     for mode in ["cow", "uffd"] {
         let fork = fork_with_hot_pages(&template, mode)?;
+        if mode == "cow" {
+            // The pages were read, so that they are ahead and still shared.
+            let copied = fork.show()?["pages"]["prefetched_written"].as_u64();
+            holds(
+                copied < Some(PAGES / 2),
+                "pages that were copied ahead",
+                "few",
+                copied,
+            )?;
+        }
         same(
             format!("its memory by {mode}"),
             hash.clone(),

@@ -92,6 +92,8 @@ fn shared(world: &mut World) -> Result<(), Failure> {
         report::bytes(on_disk),
     )?;
     same("the memory's permissions", 0o400, file.mode() & 0o777)?;
+    // The first fork records: each page that it touches becomes its own.
+    template.fork(json!({}))?;
     let forks = template.forks(4)?;
     // They read all that the template wrote; a page that only one process has mapped counts as private to it.
     for fork in &forks {
