@@ -285,7 +285,7 @@ impl Engine {
         let (slot, guard) = reservation.commit(id);
         self.adopt(&slot, process, &record, &metadata.spec);
         if let HotPagesUse::Record(claim) = hot_pages
-            && let Err(failed) = self.keep_recording(claim, &slot, memory)
+            && let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory)
         {
             tracing::warn!(instance = %id, error = error_chain(&failed), "the recording of hot pages is not waited for");
         }

@@ -12,7 +12,7 @@
 //! | `registry` | which instances there are, their names, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
-//! | `hot_pages` | which fork of a template records, and which gets what was recorded |
+//! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
 //! | `changes`, `wait` | waiting without polling |
@@ -55,6 +55,7 @@ mod delete;
 mod engine;
 mod error;
 mod fork;
+mod hot_list;
 mod hot_pages;
 mod instance;
 mod kernel;

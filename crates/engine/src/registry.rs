@@ -12,7 +12,7 @@ use stencil_core::{InstanceId, InstanceName};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
-use crate::hot_pages::HotList;
+use crate::hot_list::HotList;
 use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
 
@@ -51,7 +51,7 @@ pub(crate) struct Slot {
     /// Told whenever an operation ended, the VMM's process did, or, while someone waits, a file of the instance changed.
     changed: watch::Sender<()>,
     /// Of a template: what is known of its hot pages.
-    pub(crate) hot_list: HotList,
+    pub(crate) hot_list: Arc<HotList>,
     runtime: Mutex<Runtime>,
 }
 
@@ -87,7 +87,7 @@ impl Slot {
             name,
             lock: Arc::default(),
             changed: watch::Sender::new(()),
-            hot_list: HotList::default(),
+            hot_list: Arc::default(),
             runtime: Mutex::default(),
         }
     }
