@@ -139,10 +139,9 @@ fn of_a_fork(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
     let fork = template.fork(json!({}))?;
     let generation = fork.text("generation")?;
+    // The fork is ready with the beginning of its first line; with an answer, that line is there to its end.
+    fork.answers()?;
     let printed = lines(world, &fork.path("/console"))?;
-    same(
-        "all that it printed",
-        vec![format!("ready epoch=restore generation={generation}")],
-        printed,
-    )
+    let ready = format!("ready epoch=restore generation={generation}");
+    same("all that it printed", vec![ready, "ok pong".to_owned()], printed)
 }
