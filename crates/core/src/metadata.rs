@@ -39,6 +39,10 @@ pub struct Metadata {
     /// Of a template: the list of the pages that its forks touch first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hot_pages_path: Option<PathBuf>,
+    /// Of a template: how many forks are kept prepared, so that they only have to be named and resumed; the server's
+    /// default where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub armed: Option<u32>,
     /// The template that it was forked of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork_of_template: Option<InstanceId>,
@@ -75,6 +79,7 @@ impl Metadata {
             generation,
             is_template: false,
             hot_pages_path: None,
+            armed: None,
             fork_of_template: None,
             memory_mode: None,
             vmm: None,

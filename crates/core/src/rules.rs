@@ -12,6 +12,7 @@
 //! | promote-template | Standby |  |  |
 //! | demote-template |  | Template |  |
 //! | record-hot-pages | Template |  |  |
+//! | arm | Template |  |  |
 //! | delete |  | every state |  |
 //!
 //! Everything else is refused. [`fork()`] has a table of its own.
@@ -51,6 +52,8 @@ pub enum Operation {
     Demote,
     /// Have its next fork record anew which pages forks touch first.
     RecordHotPages,
+    /// Change how many of its forks are kept prepared.
+    Arm,
     /// Make another instance of it.
     Fork,
     /// Remove it and everything of it.
@@ -59,7 +62,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Start,
         Self::Stop,
         Self::Pause,
@@ -69,6 +72,7 @@ impl Operation {
         Self::Promote,
         Self::Demote,
         Self::RecordHotPages,
+        Self::Arm,
         Self::Fork,
         Self::Delete,
     ];
@@ -86,6 +90,7 @@ impl fmt::Display for Operation {
             Self::Promote => "promote-template",
             Self::Demote => "demote-template",
             Self::RecordHotPages => "record-hot-pages",
+            Self::Arm => "arm",
             Self::Fork => "fork",
             Self::Delete => "delete",
         })
@@ -252,6 +257,23 @@ pub fn record_hot_pages(state: State) -> Result<Decision, Refusal> {
     decide(Operation::RecordHotPages, state, &[State::Template], &[])
 }
 
+/// Whether to change how many forks of an instance are kept prepared.
+///
+/// # Errors
+/// [`Refusal::InvalidState`] where it is no template.
+pub fn arm(state: State) -> Result<Decision, Refusal> {
+    decide(Operation::Arm, state, &[State::Template], &[])
+}
+
+/// The record of a template of which `armed` forks are kept prepared, or as many as the server does by default.
+#[must_use]
+pub fn with_armed(metadata: &Metadata, armed: Option<u32>) -> Metadata {
+    Metadata {
+        armed,
+        ..metadata.clone()
+    }
+}
+
 /// The record of a template whose hot pages are kept at `path`, or are not known.
 #[must_use]
 pub fn with_hot_pages(metadata: &Metadata, path: Option<PathBuf>) -> Metadata {
@@ -278,6 +300,7 @@ pub fn demoted(metadata: &Metadata) -> Metadata {
     Metadata {
         is_template: false,
         hot_pages_path: None,
+        armed: None,
         ..metadata.clone()
     }
 }

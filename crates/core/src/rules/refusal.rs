@@ -98,7 +98,7 @@ const fn instead(operation: Operation, state: State) -> &'static str {
             "a template is on standby already; demote it (demote-template) to use it as an instance"
         }
         (O::Promote, S::Template) => "it is a template already; fork it (fork)",
-        (O::Demote | O::RecordHotPages, _) => "it is no template",
+        (O::Demote | O::RecordHotPages | O::Arm, _) => "it is no template",
 
         (O::Start | O::Restore, S::Paused) => "it is paused; let it go on (resume)",
         (O::Start, S::Standby) => {

@@ -56,6 +56,7 @@ pub(crate) fn full() -> Metadata {
         generation: "f0e0d0c0b0a090807060504030201000".parse().unwrap(),
         is_template: true,
         hot_pages_path: Some("/data/templates/01k9z0c8mn0000000000000002/hot-pages".into()),
+        armed: Some(2),
         fork_of_template: Some("01k9z0c8mn0000000000000000".parse().unwrap()),
         memory_mode: Some(MemoryMode::Cow),
         vmm: Some(VmmRecord {

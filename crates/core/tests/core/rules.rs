@@ -34,6 +34,7 @@ pub(crate) fn decide(
         Operation::Promote => rules::promote(state),
         Operation::Demote => rules::demote(state, forks),
         Operation::RecordHotPages => rules::record_hot_pages(state),
+        Operation::Arm => rules::arm(state),
         Operation::Delete => rules::delete(state, forks),
         Operation::Fork => return None,
     })
@@ -83,7 +84,7 @@ fn path(operation: Operation, state: State) -> Option<&'static [State]> {
         (Operation::Restore, Standby) => &[Standby, Paused, Running],
         (Operation::Promote, Standby) => &[Standby, Template],
         (Operation::Demote, Template) => &[Template, Standby],
-        (Operation::RecordHotPages, Template) => &[Template],
+        (Operation::RecordHotPages | Operation::Arm, Template) => &[Template],
         _ => return None,
     })
 }
@@ -201,6 +202,7 @@ fn promote_and_demote_change_what_a_template_has_and_nothing_else() {
         Metadata {
             is_template: false,
             hot_pages_path: None,
+            armed: None,
             ..template.clone()
         }
     );
@@ -209,6 +211,7 @@ fn promote_and_demote_change_what_a_template_has_and_nothing_else() {
         rules::promoted(&demoted),
         Metadata {
             hot_pages_path: None,
+            armed: None,
             vmm: None,
             ..template
         }

@@ -109,7 +109,7 @@ impl Models {
             Operation::Promote if sleeps && !model.template => model.template = true,
             Operation::Demote if model.template && in_use => return Verdict::Refused("template_in_use"),
             Operation::Demote if model.template => model.template = false,
-            Operation::RecordHotPages if model.template => {}
+            Operation::RecordHotPages | Operation::Arm if model.template => {}
             _ => return invalid,
         }
         Verdict::Acts

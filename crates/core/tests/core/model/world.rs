@@ -82,6 +82,7 @@ impl World {
             Operation::Promote => rules::promote(state),
             Operation::Demote => rules::demote(state, &forks),
             Operation::RecordHotPages => rules::record_hot_pages(state),
+            Operation::Arm => rules::arm(state),
             Operation::Delete => rules::delete(state, &forks),
             Operation::Fork => unreachable!("has its own event"),
         };
@@ -107,6 +108,7 @@ impl World {
                 Operation::Promote => (rules::promoted(&metadata), snapshot, VmmFacts::None),
                 Operation::Demote => (rules::demoted(&metadata), snapshot, vmm),
                 Operation::RecordHotPages => (rules::with_hot_pages(&metadata, None), snapshot, vmm),
+                Operation::Arm => (rules::with_armed(&metadata, Some(3)), snapshot, vmm),
                 Operation::Delete | Operation::Fork => (metadata, snapshot, vmm),
             };
             self.instances[index] = (operation != Operation::Delete).then_some(Facts {
@@ -140,7 +142,12 @@ impl World {
             VmGeneration::random(),
             given::time(),
         );
-        assert!(!metadata.is_template && metadata.hot_pages_path.is_none() && metadata.vmm.is_none());
+        assert!(
+            !metadata.is_template
+                && metadata.hot_pages_path.is_none()
+                && metadata.armed.is_none()
+                && metadata.vmm.is_none()
+        );
         let (snapshot, vmm) = match plan.target {
             State::Stopped => (SnapshotFacts::Absent, VmmFacts::None),
             State::Running => (SnapshotFacts::Absent, up(VmPhase::Running, true)),
