@@ -18,7 +18,9 @@ use serde::de::DeserializeOwned;
 
 use crate::ErrorBody;
 use crate::reply::{ForkList, Health, Instance, InstanceList, Version, Waited};
-use crate::request::{CreateInstance, ForkMany, ForkOne, ListInstances, ReadConsole, WaitFor};
+use crate::request::{
+    ChangeInstance, CreateInstance, ForkMany, ForkOne, ListInstances, PromoteTemplate, ReadConsole, WaitFor,
+};
 
 /// What needs no escape anywhere in a URI (RFC 3986, "unreserved").
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
@@ -109,7 +111,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; refused with `invalid_request` or `name_conflict`.
     pub async fn create(&self, asked: &CreateInstance) -> Result<Instance> {
-        self.tell("/instances", asked).await
+        self.tell(Method::POST, "/instances", asked).await
     }
 
     /// `GET /instances`
@@ -184,9 +186,18 @@ impl Client {
     /// `POST /instances/{id}/promote-template`
     ///
     /// # Errors
-    /// [`ClientError`]; refused with `invalid_state`.
-    pub async fn promote(&self, id: &str) -> Result<Instance> {
-        self.ask(Method::POST, &instance(id, "/promote-template")).await
+    /// [`ClientError`]; refused with `invalid_state` or `invalid_request`.
+    pub async fn promote(&self, id: &str, asked: &PromoteTemplate) -> Result<Instance> {
+        self.tell(Method::POST, &instance(id, "/promote-template"), asked)
+            .await
+    }
+
+    /// `PATCH /instances/{id}`
+    ///
+    /// # Errors
+    /// [`ClientError`]; refused with `invalid_state` or `invalid_request`.
+    pub async fn change(&self, id: &str, asked: &ChangeInstance) -> Result<Instance> {
+        self.tell(Method::PATCH, &instance(id, ""), asked).await
     }
 
     /// `POST /instances/{id}/demote-template`
@@ -210,7 +221,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; refused with `invalid_state`, `invalid_request` or `name_conflict`.
     pub async fn fork(&self, id: &str, asked: &ForkOne) -> Result<Instance> {
-        self.tell(&instance(id, "/fork"), asked).await
+        self.tell(Method::POST, &instance(id, "/fork"), asked).await
     }
 
     /// `POST /instances/{id}/forks`
@@ -218,7 +229,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`] if there is no fork at all; else each entry says what came of it.
     pub async fn forks(&self, id: &str, asked: &ForkMany) -> Result<ForkList> {
-        self.tell(&instance(id, "/forks"), asked).await
+        self.tell(Method::POST, &instance(id, "/forks"), asked).await
     }
 
     /// `DELETE /instances/{id}`
@@ -291,11 +302,16 @@ impl Client {
             .await
     }
 
-    async fn tell<T: DeserializeOwned>(&self, path: &str, asked: &impl Serialize) -> Result<T> {
+    async fn tell<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        asked: &impl Serialize,
+    ) -> Result<T> {
         // Fails only for a path that is not UTF-8, which JSON cannot carry.
         let body = serde_json::to_vec(asked).map_err(|source| self.broken(source))?;
         self.understand(
-            self.send(Method::POST, path, Some("application/json"), body.into())
+            self.send(method, path, Some("application/json"), body.into())
                 .await?,
         )
         .await

@@ -20,14 +20,14 @@
 //!
 //! ```no_run
 //! use stencil_api::client::Client;
-//! use stencil_api::request::{CreateInstance, ForkMany};
+//! use stencil_api::request::{CreateInstance, ForkMany, PromoteTemplate};
 //!
 //! # async fn example() -> Result<(), stencil_api::client::ClientError> {
 //! let stencil = Client::new("/var/lib/stencil/stencil.sock");
 //! let web = stencil.create(&CreateInstance::new("/boot/guest.elf")).await?;
 //! let id = web.id.to_string();
 //! stencil.standby(&id).await?;
-//! stencil.promote(&id).await?;
+//! stencil.promote(&id, &PromoteTemplate { armed: Some(8) }).await?;
 //! for fork in stencil.forks(&id, &ForkMany::new(8)).await?.forks {
 //!     println!("{}", fork.name);
 //! }

@@ -44,6 +44,9 @@ pub struct Instance {
     /// Of a template: its live forks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forks: Option<Forks>,
+    /// Of a template: its armed forks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub armed: Option<Armed>,
     /// The identity of its machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<VmGeneration>,
@@ -90,6 +93,15 @@ pub struct Forks {
     pub count: usize,
     /// Which.
     pub ids: Vec<InstanceId>,
+}
+
+/// The armed forks of a template: prepared before anybody asks for them. They are no instances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Armed {
+    /// How many are to be kept.
+    pub target: usize,
+    /// How many can be taken now.
+    pub ready: usize,
 }
 
 /// How long an operation took, in microseconds.

@@ -109,6 +109,25 @@ impl From<ListInstances> for Filter {
     }
 }
 
+/// The body of `POST /instances/{id}/promote-template`; no body leaves everything to the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromoteTemplate {
+    /// How many forks of it are kept prepared, from 0 to [`MAX_ARMED`](stencil_engine::MAX_ARMED); the server's default when
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub armed: Option<u32>,
+}
+
+/// The body of `PATCH /instances/{id}`: what of a template is to be another way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeInstance {
+    /// As in [`PromoteTemplate`]; `null` is the server's default.
+    #[serde(deserialize_with = "number_or_null")]
+    pub armed: Option<u32>,
+}
+
 /// The body of `POST /instances/{id}/fork`; no body asks for nothing in particular.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -228,6 +247,11 @@ const fn one() -> u32 {
 
 const fn yes() -> bool {
     true
+}
+
+/// A field that must be there, and may be `null`.
+fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    Option::deserialize(deserializer)
 }
 
 /// A state in upper or lower case.

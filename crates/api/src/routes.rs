@@ -36,7 +36,12 @@ pub(crate) fn router(app: App) -> Router {
         .route("/health", get(service::health))
         .route("/version", get(service::version))
         .route("/instances", get(instances::list).post(instances::create))
-        .route("/instances/{id}", get(instances::get).delete(instances::delete))
+        .route(
+            "/instances/{id}",
+            get(instances::get)
+                .patch(lifecycle::change)
+                .delete(instances::delete),
+        )
         .route("/instances/{id}/start", post(lifecycle::start))
         .route("/instances/{id}/stop", post(lifecycle::stop))
         .route("/instances/{id}/pause", post(lifecycle::pause))

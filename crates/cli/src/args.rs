@@ -63,11 +63,13 @@ pub(crate) enum ClientCommand {
     /// Let it go on from standby
     Restore(One),
     /// Make an instance on standby a template
-    Promote(One),
+    Promote(Promote),
     /// Make a template an instance on standby again
     Demote(One),
     /// Have a template's next fork record anew which pages forks touch first
     RecordHotPages(One),
+    /// Change how many forks of a template are kept prepared
+    Arm(Arm),
     /// Make new instances that go on where this one stopped
     Fork(Fork),
     /// Delete instances
@@ -91,6 +93,9 @@ pub(crate) struct Serve {
     /// The stencil-microvm binary [default: beside this one, else in PATH]
     #[arg(long, value_name = "PATH")]
     pub(crate) microvm: Option<PathBuf>,
+    /// How many forks of each template are kept prepared
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) armed: u32,
 }
 
 /// An instance.
@@ -98,6 +103,23 @@ pub(crate) struct Serve {
 pub(crate) struct One {
     /// Its id, its name, or a prefix that only its id has
     pub(crate) id: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Promote {
+    /// Its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// How many forks of it are kept prepared [default: as many as the server keeps]
+    #[arg(long, value_name = "N")]
+    pub(crate) armed: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arm {
+    /// The template: its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// How many; 0 is none [default: as many as the server keeps]
+    pub(crate) count: Option<u32>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use stencil_api::client::{Client, ClientError};
 use stencil_api::reply::{Instance, Version};
+use stencil_api::request::{ChangeInstance, PromoteTemplate};
 
 use crate::args::ClientCommand;
 use crate::failure::Failure;
@@ -39,9 +40,16 @@ async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result
         ClientCommand::Resume(asked) => changed(client.resume(&asked.id).await?),
         ClientCommand::Standby(asked) => changed(client.standby(&asked.id).await?),
         ClientCommand::Restore(asked) => changed(client.restore(&asked.id).await?),
-        ClientCommand::Promote(asked) => changed(client.promote(&asked.id).await?),
+        ClientCommand::Promote(asked) => {
+            let promote = PromoteTemplate { armed: asked.armed };
+            changed(client.promote(&asked.id, &promote).await?)
+        }
         ClientCommand::Demote(asked) => changed(client.demote(&asked.id).await?),
         ClientCommand::RecordHotPages(asked) => changed(client.record_hot_pages(&asked.id).await?),
+        ClientCommand::Arm(asked) => {
+            let change = ChangeInstance { armed: asked.count };
+            changed(client.change(&asked.id, &change).await?)
+        }
         ClientCommand::Fork(asked) => forks::fork(asked, client, reader).await,
         ClientCommand::Console(asked) => console::console(asked, client).await,
         ClientCommand::Version => version(client, reader).await,

@@ -73,12 +73,13 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
     let config = Config {
         data: data.clone(),
         hypervisors: vec![Arc::new(microvm)],
+        armed: asked.armed,
     };
     let engine = Engine::open(config).await.map_err(|source| Failure::Open {
         data: data.clone(),
         source: Box::new(source),
     })?;
-    let server = Server::bind(engine, &socket, asked.listen).await?;
+    let server = Server::bind(engine.clone(), &socket, asked.listen).await?;
     tracing::info!(microvm = %binary.display(), version, data = %data.display(), "open");
     if let Some(address) = server.tcp_address() {
         if !address.ip().is_loopback() {
@@ -89,6 +90,7 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         tracing::info!("listening on {}", socket.display());
     }
     server.run(signals.any()).await;
+    engine.close().await;
     tracing::info!("ended; VMs go on running");
     Ok(())
 }

@@ -97,6 +97,13 @@ pub(crate) fn instance(instance: &Instance) -> String {
         }),
     );
     line(
+        "armed forks",
+        instance
+            .armed
+            .filter(|armed| armed.target > 0)
+            .map(|armed| format!("{} of {}", armed.ready, armed.target)),
+    );
+    line(
         "generation",
         instance.generation.map(|generation| generation.to_string()),
     );

@@ -4,11 +4,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use stencil_core::{
-    Durability, Epoch, EpochKind, InstanceDir, InstanceId, MemoryMode, Metadata, VmSpec, VmmRecord,
-    error_chain,
+    Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
+    VmGeneration, VmSpec, VmmRecord, error_chain,
 };
 use stencil_vmm::{HotPages, Hypervisor, Restore, VmmError, VmmProcess};
-use tokio::sync::SemaphorePermit;
 
 use crate::admission::check_boot_files;
 use crate::hot_pages::HotPagesUse;
@@ -30,7 +29,7 @@ impl Engine {
         let metadata = self.end_vmm(slot, metadata).await?;
         let dir = self.dir(&slot.id);
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        let _permit = self.bring_up_permit().await;
+        let _permit = self.turn(&self.inner.bring_up).await;
         let console_offset = size_of(&dir.console_log());
         let process = hypervisor.spawn(&dir).await.map_err(EngineError::vmm(slot.id))?;
         stopwatch.lap("spawn");
@@ -70,18 +69,17 @@ impl Engine {
         Ok(())
     }
 
-    /// Brings a VMM up in `dir` with the snapshot's VM in it, paused, as the machine that `metadata` describe.
+    /// Brings a VMM up in `dir` with the snapshot's VM in it, paused, as this machine.
     pub(crate) async fn bring_back(
         &self,
         dir: &InstanceDir,
-        metadata: &Metadata,
+        machine: &Machine<'_>,
         source: &SnapshotSource,
-        began: EpochKind,
         hot_pages: &HotPagesUse,
         stopwatch: &mut Stopwatch,
     ) -> Result<(VmmProcess, VmmRecord), EngineError> {
-        let id = metadata.id;
-        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        let id = machine.id;
+        let hypervisor = self.hypervisor(machine.hypervisor)?;
         let here = hypervisor.version().await.map_err(EngineError::vmm(id))?;
         let made_by = &source.manifest.hypervisor_version;
         if here != *made_by {
@@ -94,10 +92,9 @@ impl Engine {
         let console_offset = size_of(&dir.console_log());
         let process = hypervisor.spawn(dir).await.map_err(EngineError::vmm(id))?;
         stopwatch.lap("spawn");
-        let own_mode = metadata.memory_mode.unwrap_or_default();
         let (memory_mode, hot_pages) = match hot_pages {
-            HotPagesUse::Nothing => (own_mode, HotPages::Unused),
-            HotPagesUse::Prefetch(list) => (own_mode, HotPages::Prefetch(list)),
+            HotPagesUse::Nothing => (machine.memory_mode, HotPages::Unused),
+            HotPagesUse::Prefetch(list) => (machine.memory_mode, HotPages::Prefetch(list)),
             // Only userfaultfd sees what a guest touches. It is this VMM's affair: the instance keeps its own mode.
             HotPagesUse::Record(_) => (MemoryMode::Uffd, HotPages::Record),
         };
@@ -105,14 +102,14 @@ impl Engine {
             snapshot: &source.dir,
             memory_mode,
             // Also when it wakes by itself: a fork that began on standby has its source's identity in its snapshot.
-            generation: &metadata.generation,
+            generation: machine.generation,
             memory_generation: &source.manifest.memory_generation,
             hot_pages,
         };
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
         stopwatch.lap("restore");
-        let record = vmm_record(&process, here, began, console_offset);
+        let record = vmm_record(&process, here, machine.began, console_offset);
         Ok((process, record))
     }
 
@@ -231,17 +228,16 @@ impl Engine {
         }
         Ok(())
     }
+}
 
-    /// Waits for a turn to bring a VMM up.
-    pub(crate) async fn bring_up_permit(&self) -> SemaphorePermit<'_> {
-        // The semaphore is never closed.
-        #[expect(clippy::expect_used, reason = "only a closed semaphore refuses")]
-        self.inner
-            .bring_up
-            .acquire()
-            .await
-            .expect("the semaphore is open")
-    }
+/// Which machine a snapshot becomes, and how.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub(crate) id: InstanceId,
+    pub(crate) hypervisor: &'a HypervisorName,
+    pub(crate) generation: &'a VmGeneration,
+    pub(crate) memory_mode: MemoryMode,
+    pub(crate) began: EpochKind,
 }
 
 /// What the metadata say of a VMM that was just brought up.

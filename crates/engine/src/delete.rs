@@ -42,6 +42,7 @@ impl Engine {
     /// Ends the VM, if any, and removes the instance from disk and from the registry. The caller has its lock.
     pub(crate) async fn discard(&self, slot: &Arc<Slot>) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
+        self.disarm(slot).await;
         if let Ok(metadata) = self.read(&slot.id) {
             let without = Metadata {
                 vmm: None,

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use stencil_core::{Durability, HypervisorName, InstanceDir, InstanceId, Metadata, Store, StoreError};
 use stencil_vmm::Hypervisor;
-use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore, SemaphorePermit};
 
 use crate::EngineError;
+use crate::armed;
 use crate::changes::Watcher;
+use crate::pressure::Pressure;
 use crate::registry::{Registry, Slot};
 
 /// What an engine is opened with.
@@ -19,6 +21,8 @@ pub struct Config {
     pub data: PathBuf,
     /// The hypervisors that instances can ask for by name.
     pub hypervisors: Vec<Arc<dyn Hypervisor>>,
+    /// How many forks of a template are kept prepared that does not say itself: 0 to [`MAX_ARMED`](crate::MAX_ARMED).
+    pub armed: u32,
 }
 
 /// Manages the instances of one data directory. Cheap to clone; every clone is the same engine.
@@ -34,17 +38,22 @@ pub(crate) struct Inner {
     pub(crate) hypervisors: BTreeMap<HypervisorName, Arc<dyn Hypervisor>>,
     /// How many VMMs are brought up at a time: more than a few for each core only makes each of them later.
     pub(crate) bring_up: Semaphore,
+    /// One fork is armed at a time, behind those that are waited for.
+    pub(crate) arming: Semaphore,
+    pub(crate) armed_by_default: u32,
+    pub(crate) pressure: Pressure,
     pub(crate) watcher: Watcher,
 }
 
 impl Engine {
     /// Opens a data directory: takes its lock, reads what is there, reattaches to VMMs that went on running and sweeps
-    /// what a crash left behind.
+    /// what a crash left behind. [`Engine::close`] is its counterpart.
     ///
     /// # Errors
     ///
-    /// [`EngineError::Store`] if the directory is in use by another server, or cannot be read.
+    /// [`EngineError::Invalid`] for more armed forks than can be kept; [`EngineError::Store`] if the directory is in use by another server, or cannot be read.
     pub async fn open(config: Config) -> Result<Self, EngineError> {
+        armed::check(Some(config.armed))?;
         let store = Store::open(&config.data)?;
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         let engine = Self {
@@ -53,10 +62,15 @@ impl Engine {
                 registry: Arc::default(),
                 hypervisors: config.hypervisors.into_iter().map(|h| (h.name(), h)).collect(),
                 bring_up: Semaphore::new((2 * cores).max(4)),
+                arming: Semaphore::new(1),
+                armed_by_default: config.armed,
+                pressure: Pressure::default(),
                 watcher: Watcher::start().map_err(EngineError::io("watch files in", &config.data))?,
             }),
         };
-        engine.reconcile().await?;
+        let templates = engine.reconcile().await?;
+        engine.watch_pressure();
+        templates.iter().for_each(|template| engine.refill(template));
         Ok(engine)
     }
 
@@ -78,6 +92,13 @@ impl Engine {
 
     pub(crate) fn dir(&self, id: &InstanceId) -> InstanceDir {
         self.inner.store.data().instance(id)
+    }
+
+    /// Waits for one of the turns that such a semaphore gives out.
+    pub(crate) async fn turn<'a>(&self, turns: &'a Semaphore) -> SemaphorePermit<'a> {
+        // None of them is ever closed.
+        #[expect(clippy::expect_used, reason = "only a closed semaphore refuses")]
+        turns.acquire().await.expect("the semaphore is open")
     }
 
     /// Takes the instance's lock for a change; fails if it was deleted while waiting for it.

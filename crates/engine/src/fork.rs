@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
 use stencil_core::{
-    Durability, EpochKind, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State,
-    VmGeneration, error_chain,
+    Durability, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State, VmGeneration,
+    error_chain,
 };
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
+use crate::prepare::PreparedFork;
 use crate::registry::{Reservation, Slot};
 use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError, ForkRequest, ForksRequest, Instance};
@@ -123,7 +124,11 @@ impl Engine {
 
     /// Observes the source and decides; puts a running source on standby. The base keeps the source's lock, so that
     /// nothing can demote, wake or delete it before its forks are on disk.
-    async fn fork_base(&self, source: &Arc<Slot>, request: ForkRequest) -> Result<ForkBase, EngineError> {
+    pub(crate) async fn fork_base(
+        &self,
+        source: &Arc<Slot>,
+        request: ForkRequest,
+    ) -> Result<ForkBase, EngineError> {
         let lock = if request.from_running {
             SourceLock::Exclusive(self.exclusive(source).await?)
         } else {
@@ -155,8 +160,11 @@ impl Engine {
         })
     }
 
-    /// The forks are made: a source that ran before runs again.
+    /// The forks are made: a source that ran before runs again, and a template's armed forks are made up for.
     async fn release(&self, base: ForkBase, forks: Vec<InstanceName>) -> Result<(), EngineError> {
+        if base.plan.fork_of_template.is_some() && self.armed(&base.source, &base.metadata).is_too_few() {
+            self.refill(&base.source);
+        }
         if let (ForkFrom::Running, Some(snapshot)) = (base.plan.from, base.snapshot) {
             let id = base.source.id;
             let facts = SnapshotFacts::Complete(snapshot.manifest);
@@ -181,143 +189,148 @@ impl Engine {
         reservation: Reservation,
         mut stopwatch: Stopwatch,
     ) -> Result<Instance, EngineError> {
+        if let (State::Running | State::Paused, Some(snapshot)) = (base.plan.target, &base.snapshot) {
+            stopwatch.lap("decide");
+            return self.fork_awake(base, snapshot, reservation, stopwatch).await;
+        }
         let id = InstanceId::generate();
-        let generation = VmGeneration::random();
-        let metadata = rules::fork_metadata(
-            &base.metadata,
-            &base.plan,
-            id,
-            reservation.name().clone(),
-            generation,
-            jiff::Timestamp::now(),
-        );
+        let name = reservation.name().clone();
+        let metadata = fork_metadata(base, id, name, VmGeneration::random());
+        let snapshot = base
+            .snapshot
+            .clone()
+            .filter(|_| base.plan.target == State::Standby);
         stopwatch.lap("decide");
-        let slot = match (base.plan.target, &base.snapshot) {
-            (State::Running | State::Paused, Some(snapshot)) => {
-                self.fork_awake(base, snapshot, metadata, reservation, &mut stopwatch)
-                    .await?
+        let made = metadata.clone();
+        self.on_disk(move |store| {
+            let new = store.begin(made.id)?;
+            if let Some(snapshot) = snapshot {
+                new.link_snapshot(&snapshot.dir, &snapshot.manifest)?;
             }
-            (target, snapshot) => {
-                let snapshot = snapshot.clone().filter(|_| target == State::Standby);
-                let made = metadata.clone();
-                self.on_disk(move |store| {
-                    let new = store.begin(made.id)?;
-                    if let Some(snapshot) = snapshot {
-                        new.link_snapshot(&snapshot.dir, &snapshot.manifest)?;
-                    }
-                    new.commit(&made, Durability::Synced)
-                })
-                .await?;
-                let (slot, _guard) = reservation.commit(id);
-                stopwatch.lap("create");
-                if target == State::Running
-                    && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
-                {
-                    self.discard(&slot).await?;
-                    return Err(failed);
-                }
-                slot
-            }
-        };
+            new.commit(&made, Durability::Synced)
+        })
+        .await?;
+        let (slot, _guard) = reservation.commit(id);
+        stopwatch.lap("create");
+        if base.plan.target == State::Running
+            && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
+        {
+            self.discard(&slot).await?;
+            return Err(failed);
+        }
         slot.finished(stopwatch.timings());
         self.show(&slot).await
     }
 
-    /// Brings a fork up from the source's snapshot. Until its directory is renamed into place it does not exist for
-    /// anybody else; from then on it is counted as a live fork.
+    /// A fork of a snapshot: an armed one, or else one that is prepared now.
     async fn fork_awake(
         &self,
         base: &ForkBase,
         snapshot: &SnapshotSource,
-        metadata: Metadata,
-        reservation: Reservation,
-        stopwatch: &mut Stopwatch,
-    ) -> Result<Arc<Slot>, EngineError> {
-        let id = metadata.id;
-        let permit = self.bring_up_permit().await;
-        stopwatch.lap("queue");
-        let new = self.inner.store.begin(id)?;
-        let modes = self
-            .hypervisor(&metadata.spec.hypervisor)?
-            .capabilities()
-            .memory_modes;
-        let memory = snapshot.manifest.memory_generation;
-        let mut hot_pages = self.use_of_hot_pages(&base.source, &base.plan, &memory, id, &modes);
-        let mut back = self
-            .bring_back(
-                new.dir(),
-                &metadata,
-                snapshot,
-                EpochKind::Fork,
-                &hot_pages,
-                stopwatch,
-            )
-            .await;
-        if let (HotPagesUse::Record(_), Err(failed)) = (&hot_pages, &back) {
-            tracing::warn!(instance = %base.source.id, error = error_chain(failed), "hot pages cannot be recorded");
-            let recording = std::mem::replace(&mut hot_pages, HotPagesUse::Nothing);
-            back = self
-                .bring_back(
-                    new.dir(),
-                    &metadata,
-                    snapshot,
-                    EpochKind::Fork,
-                    &hot_pages,
-                    stopwatch,
-                )
-                .await;
-            if let (HotPagesUse::Record(claim), Ok(_)) = (recording, &back) {
-                // It was the recording that did not work.
-                claim.give_up();
+        mut reservation: Reservation,
+        mut stopwatch: Stopwatch,
+    ) -> Result<Instance, EngineError> {
+        let id = InstanceId::generate();
+        let hot_pages = self.use_of_hot_pages(base, snapshot, id)?;
+        // One that records sees its guest's first touches, for which nothing may be there yet.
+        if base.plan.fork_of_template.is_some() && !matches!(hot_pages, HotPagesUse::Record(_)) {
+            while let Some(armed) = base.source.pool.take(base.plan.memory_mode) {
+                stopwatch.lap("take");
+                let name = reservation.name().clone();
+                let began = self
+                    .begin(base, snapshot, armed, reservation, stopwatch.clone())
+                    .await;
+                match began {
+                    Err(EngineError::Vmm { id, source }) => {
+                        tracing::warn!(fork = %id, error = error_chain(&source), "an armed fork failed; another is taken");
+                        reservation = self.inner.registry.reserve(name)?;
+                    }
+                    done => return done,
+                }
             }
         }
-        let (process, record) = back?;
+        let permit = self.turn(&self.inner.bring_up).await;
+        stopwatch.lap("queue");
+        let prepared = self
+            .prepare(base, snapshot, id, hot_pages, &mut stopwatch)
+            .await?;
+        drop(permit);
+        self.begin(base, snapshot, prepared, reservation, stopwatch).await
+    }
+
+    /// Names a prepared fork and lets it run. Until its directory is renamed into place it does not exist for anybody
+    /// else; from then on it is counted as a live fork.
+    async fn begin(
+        &self,
+        base: &ForkBase,
+        snapshot: &SnapshotSource,
+        prepared: PreparedFork,
+        reservation: Reservation,
+        mut stopwatch: Stopwatch,
+    ) -> Result<Instance, EngineError> {
+        let PreparedFork {
+            id,
+            generation,
+            record,
+            recording,
+            process,
+            new,
+        } = prepared;
         let metadata = Metadata {
             vmm: Some(record.clone()),
-            ..metadata
+            ..fork_metadata(base, id, reservation.name().clone(), generation)
         };
-        let unborn = new.dir().clone();
-        if let Err(failed) = new.commit(&metadata, Durability::Renamed) {
-            self.stop_failed(id, &unborn, self.hypervisor(&metadata.spec.hypervisor)?, &process)
-                .await;
-            return Err(failed.into());
-        }
+        new.commit(&metadata, Durability::Renamed)?;
         let (slot, guard) = reservation.commit(id);
-        self.adopt(&slot, process, &record, &metadata.spec);
-        if let HotPagesUse::Record(claim) = hot_pages
-            && let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory)
-        {
-            tracing::warn!(instance = %id, error = error_chain(&failed), "the recording of hot pages is not waited for");
+        self.adopt(&slot, process.keep(), &record, &metadata.spec);
+        if let Some(claim) = recording {
+            let memory = snapshot.manifest.memory_generation;
+            if let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory) {
+                tracing::warn!(instance = %id, error = error_chain(&failed), "the recording of hot pages is not waited for");
+            }
         }
         stopwatch.lap("record");
         if base.plan.target == State::Paused {
-            return Ok(slot);
+            slot.finished(stopwatch.timings());
+            return self.show(&slot).await;
         }
         let awake = async {
             let changes = self.changes(&slot)?;
-            self.resume_vm(&slot, &metadata, stopwatch).await?;
-            drop(permit);
-            self.until_ready(&slot, changes).await?;
-            stopwatch.lap("ready");
-            Ok(())
+            self.let_run(&slot, &metadata, &mut stopwatch).await?;
+            self.until_ready(&slot, changes).await
         };
-        if let Err(failed) = awake.await {
-            self.discard(&slot).await?;
-            return Err(failed);
-        }
+        let is_ready = match awake.await {
+            Ok(is_ready) => is_ready,
+            Err(failed) => {
+                self.discard(&slot).await?;
+                return Err(failed);
+            }
+        };
+        stopwatch.lap("ready");
+        slot.finished(stopwatch.timings());
         drop(guard);
-        Ok(slot)
+        if is_ready {
+            // All facts were seen a moment ago.
+            Ok(self.show_running(&slot, metadata))
+        } else {
+            self.show(&slot).await
+        }
     }
+}
+
+fn fork_metadata(base: &ForkBase, id: InstanceId, name: InstanceName, generation: VmGeneration) -> Metadata {
+    let now = jiff::Timestamp::now();
+    rules::fork_metadata(&base.metadata, &base.plan, id, name, generation, now)
 }
 
 /// What forks are made from: the source as it was observed, under its lock.
 #[derive(Debug)]
-struct ForkBase {
-    source: Arc<Slot>,
+pub(crate) struct ForkBase {
+    pub(crate) source: Arc<Slot>,
     lock: SourceLock,
-    metadata: Metadata,
-    plan: ForkPlan,
-    snapshot: Option<SnapshotSource>,
+    pub(crate) metadata: Metadata,
+    pub(crate) plan: ForkPlan,
+    pub(crate) snapshot: Option<SnapshotSource>,
 }
 
 /// Forks of something at rest are taken side by side; a running source is changed by being forked.

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use stencil_core::rules::{self, ForkPlan};
 use stencil_core::{Durability, InstanceId, MemoryGeneration, MemoryMode, SnapshotFacts, error_chain};
 
+use crate::fork::ForkBase;
 use crate::hot_list::Claim;
 use crate::lifecycle::Change;
 use crate::registry::Slot;
+use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError, Instance};
 
 /// What a fork does about hot pages.
@@ -36,28 +38,30 @@ impl Engine {
     /// Decides for one fork. Of several that begin together one records.
     pub(crate) fn use_of_hot_pages(
         &self,
-        source: &Slot,
-        plan: &ForkPlan,
-        memory: &MemoryGeneration,
+        base: &ForkBase,
+        snapshot: &SnapshotSource,
         fork: InstanceId,
-        modes: &[MemoryMode],
-    ) -> HotPagesUse {
-        let Some(template) = plan.fork_of_template else {
-            return HotPagesUse::Nothing;
-        };
-        if plan.memory_mode == MemoryMode::Copy {
-            return HotPagesUse::Nothing;
-        }
-        let path = self.inner.store.data().hot_pages(&template);
-        if source.hot_list.is_usable(&path, memory) {
-            return HotPagesUse::Prefetch(path);
-        }
+    ) -> Result<HotPagesUse, EngineError> {
+        let known = self.known_hot_pages(base, snapshot);
+        let hypervisor = self.hypervisor(&base.metadata.spec.hypervisor)?;
         // Only a VMM that serves pages sees which are touched.
-        let claim = modes
-            .contains(&MemoryMode::Uffd)
-            .then(|| source.hot_list.claim(fork))
+        let can_record = hypervisor.capabilities().memory_modes.contains(&MemoryMode::Uffd);
+        let is_asked = matches!(known, HotPagesUse::Nothing) && uses_hot_pages(&base.plan);
+        let claim = (is_asked && can_record)
+            .then(|| base.source.hot_list.claim(fork))
             .flatten();
-        claim.map_or(HotPagesUse::Nothing, HotPagesUse::Record)
+        Ok(claim.map_or(known, HotPagesUse::Record))
+    }
+
+    /// What can be done without recording.
+    pub(crate) fn known_hot_pages(&self, base: &ForkBase, snapshot: &SnapshotSource) -> HotPagesUse {
+        let path = self.inner.store.data().hot_pages(&base.source.id);
+        let memory = &snapshot.manifest.memory_generation;
+        if uses_hot_pages(&base.plan) && base.source.hot_list.is_usable(&path, memory) {
+            HotPagesUse::Prefetch(path)
+        } else {
+            HotPagesUse::Nothing
+        }
     }
 
     /// Takes the recording of a fork as its template's when it closes. It is called before the fork runs, and does not wait.
@@ -122,7 +126,13 @@ impl Engine {
         })
         .await?;
         tracing::info!(instance = %template.id, %fork, "hot pages recorded");
+        self.rearm(template).await;
         template.tell();
         Ok(())
     }
+}
+
+/// Whether such a fork has to do with hot pages: in `copy` every page is there in any case.
+fn uses_hot_pages(plan: &ForkPlan) -> bool {
+    plan.fork_of_template.is_some() && plan.memory_mode != MemoryMode::Copy
 }

@@ -21,12 +21,29 @@ pub struct Instance {
     pub state_error: Option<String>,
     /// Of a template: its live forks.
     pub forks: Option<Vec<LiveFork>>,
+    /// Of a template: its armed forks.
+    pub armed: Option<Armed>,
     /// What its VMM process holds in memory; only where it was asked for and there is a process.
     pub memory_use: Option<MemoryUse>,
     /// How its guest's pages came to it; only where it was asked for and the VMM counts them.
     pub pages: Option<PageCounters>,
     /// How long its last operation took, by phase; forgotten when the server restarts.
     pub timings: Option<Timings>,
+}
+
+/// The armed forks of a template: prepared before anybody asks for them. They are no instances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Armed {
+    /// How many are to be kept.
+    pub target: usize,
+    /// How many can be taken now.
+    pub ready: usize,
+}
+
+impl Armed {
+    pub(crate) fn is_too_few(self) -> bool {
+        self.ready < self.target
+    }
 }
 
 /// How long an operation took, phase after phase; the phases add up to the whole.

@@ -12,6 +12,8 @@
 //! | `registry` | which instances there are, their names, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
+//! | `prepare` | a fork up to its first instruction |
+//! | `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
@@ -38,8 +40,8 @@
 //! use stencil_vmm::MicroVm;
 //!
 //! let microvm = Arc::new(MicroVm::new(MicroVm::find()?));
-//! let engine = Engine::open(Config { data: "/var/lib/stencil".into(), hypervisors: vec![microvm] }).await?;
-//! engine.promote("warm").await?;
+//! let engine = Engine::open(Config { data: "/var/lib/stencil".into(), hypervisors: vec![microvm], armed: 0 }).await?;
+//! engine.promote("warm", Some(4)).await?;
 //! let fork = engine.fork("warm", None, ForkRequest::default()).await?;
 //! println!("{} is {}", fork.id, fork.state);
 //! # Ok(())
@@ -47,6 +49,7 @@
 //! ```
 
 mod admission;
+mod armed;
 mod bring_up;
 mod changes;
 mod console;
@@ -61,6 +64,8 @@ mod instance;
 mod kernel;
 mod lifecycle;
 mod observe;
+mod prepare;
+mod pressure;
 mod readiness;
 mod reconcile;
 mod registry;
@@ -69,11 +74,12 @@ mod suspend;
 mod template;
 mod wait;
 
+pub use armed::MAX_ARMED;
 pub use console::ConsoleStream;
 pub use engine::{Config, Engine};
 pub use error::EngineError;
 pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
-pub use instance::{Instance, Timings};
+pub use instance::{Armed, Instance, Timings};
 pub use requests::{CreateRequest, Filter, ForksRequest};
 pub use stencil_core::rules::ForkRequest;
 pub use wait::WaitOutcome;

@@ -100,9 +100,10 @@ impl Engine {
             Change::Resume => rules::resume(state),
             Change::Standby => rules::standby(state),
             Change::Restore => rules::restore(state),
-            Change::Promote => rules::promote(state),
+            Change::Promote(_) => rules::promote(state),
             Change::Demote => rules::demote(state, &forks),
             Change::RecordHotPages => rules::record_hot_pages(state),
+            Change::Arm(_) => rules::arm(state),
         }?)
     }
 
@@ -125,9 +126,10 @@ impl Engine {
             Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
             Change::Standby => self.suspend(slot, metadata, observed.state, stopwatch).await,
             Change::Restore => self.wake(slot, metadata, &snapshot, stopwatch).await,
-            Change::Promote => self.promote_now(&metadata, stopwatch).await,
+            Change::Promote(armed) => self.promote_now(slot, &metadata, armed, stopwatch).await,
             Change::Demote => self.demote_now(slot, &metadata, stopwatch).await,
             Change::RecordHotPages => self.forget_hot_pages(slot, &metadata, stopwatch).await,
+            Change::Arm(armed) => self.arm_now(slot, &metadata, armed, stopwatch).await,
         }
     }
 }
@@ -141,9 +143,12 @@ pub(crate) enum Change {
     Resume,
     Standby,
     Restore,
-    Promote,
+    /// With so many forks armed, or as many as the server keeps by default.
+    Promote(Option<u32>),
     Demote,
     RecordHotPages,
+    /// The same.
+    Arm(Option<u32>),
 }
 
 impl Change {
@@ -155,9 +160,10 @@ impl Change {
             Self::Resume => Operation::Resume,
             Self::Standby => Operation::Standby,
             Self::Restore => Operation::Restore,
-            Self::Promote => Operation::Promote,
+            Self::Promote(_) => Operation::Promote,
             Self::Demote => Operation::Demote,
             Self::RecordHotPages => Operation::RecordHotPages,
+            Self::Arm(_) => Operation::Arm,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
-use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmmFacts, error_chain};
+use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain};
 
 use stencil_vmm::PageCounters;
 
@@ -149,6 +149,7 @@ impl Engine {
             state: State::Unknown,
             state_error: None,
             forks: None,
+            armed: None,
             memory_use: None,
             pages: None,
             timings: slot.timings(),
@@ -158,6 +159,7 @@ impl Engine {
                 instance.state = seen.observed.state;
                 instance.state_error = seen.observed.error;
                 if seen.metadata.is_template {
+                    instance.armed = Some(self.armed(slot, &seen.metadata));
                     match self.live_forks(slot).await {
                         Ok(forks) => instance.forks = Some(forks),
                         Err(error) => {
@@ -179,6 +181,28 @@ impl Engine {
             Err(error) => return Err(error),
         }
         Ok(instance)
+    }
+
+    /// An instance that was just let run and whose guest is ready, as it is shown.
+    pub(crate) fn show_running(&self, slot: &Slot, metadata: Metadata) -> Instance {
+        let up = VmmFacts::Up {
+            phase: VmPhase::Running,
+            ready: true,
+            end: None,
+        };
+        let observed = stencil_core::observe::derive(&metadata, &SnapshotFacts::Absent, &up);
+        Instance {
+            id: slot.id,
+            name: slot.name.clone(),
+            metadata: Some(metadata),
+            state: observed.state,
+            state_error: observed.error,
+            forks: None,
+            armed: None,
+            memory_use: None,
+            pages: None,
+            timings: slot.timings(),
+        }
     }
 
     /// The live forks of a template, counted from the metadata on disk.

@@ -1,6 +1,7 @@
 //! What the engine does when it opens: finds its instances and their VMMs again, and sweeps what a crash left behind.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use stencil_core::{Metadata, ProcessIdentity, error_chain};
 use stencil_vmm::{VmmProcess, stray_processes};
@@ -9,13 +10,16 @@ use crate::registry::Slot;
 use crate::{Engine, EngineError};
 
 impl Engine {
-    pub(crate) async fn reconcile(&self) -> Result<(), EngineError> {
-        let mut recorded = HashSet::new();
+    /// Returns the templates.
+    pub(crate) async fn reconcile(&self) -> Result<Vec<Arc<Slot>>, EngineError> {
+        let (mut recorded, mut templates) = (HashSet::new(), Vec::new());
         for found in self.on_disk(stencil_core::Store::scan).await? {
             match found.metadata {
                 Ok(metadata) => {
                     recorded.extend(metadata.vmm.as_ref().map(|record| record.process.clone()));
-                    self.reattach(metadata);
+                    let is_template = metadata.is_template;
+                    let slot = self.reattach(metadata);
+                    templates.extend(is_template.then_some(slot));
                 }
                 Err(error) => {
                     tracing::error!(instance = %found.id, error = error_chain(&error), "metadata cannot be read");
@@ -46,15 +50,15 @@ impl Engine {
                 "swept what interrupted operations left behind"
             );
         }
-        Ok(())
+        Ok(templates)
     }
 
-    fn reattach(&self, metadata: Metadata) {
+    fn reattach(&self, metadata: Metadata) -> Arc<Slot> {
         let slot = self
             .inner
             .registry
             .add(Slot::new(metadata.id, Some(metadata.name.clone())));
-        let Some(record) = &metadata.vmm else { return };
+        let Some(record) = &metadata.vmm else { return slot };
         match VmmProcess::attach(&record.process) {
             Ok(Some(process)) => {
                 tracing::info!(instance = %slot.id, pid = record.process.pid, "found a running VMM again");
@@ -67,6 +71,7 @@ impl Engine {
                 tracing::error!(instance = %slot.id, pid = record.process.pid, error = error_chain(&error), "cannot tell whether its VMM runs");
             }
         }
+        slot
     }
 
     /// Ends a VMM that belongs to no instance any more.

@@ -12,6 +12,7 @@ use stencil_core::{InstanceId, InstanceName};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
+use crate::armed::Pool;
 use crate::hot_list::HotList;
 use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
@@ -52,6 +53,8 @@ pub(crate) struct Slot {
     changed: watch::Sender<()>,
     /// Of a template: what is known of its hot pages.
     pub(crate) hot_list: Arc<HotList>,
+    /// Of a template: its armed forks.
+    pub(crate) pool: Pool,
     runtime: Mutex<Runtime>,
 }
 
@@ -88,6 +91,7 @@ impl Slot {
             lock: Arc::default(),
             changed: watch::Sender::new(()),
             hot_list: Arc::default(),
+            pool: Pool::default(),
             runtime: Mutex::default(),
         }
     }

@@ -7,6 +7,7 @@ use stencil_core::{
     EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts, SnapshotManifest, State,
 };
 
+use crate::bring_up::Machine;
 use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
@@ -35,14 +36,24 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let (store, id) = (&self.inner.store, slot.id);
         store.spend_snapshot(&id)?;
-        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        if let Err(failed) = self.ask(slot, hypervisor.resume(&self.dir(&id))).await {
+        if let Err(failed) = self.let_run(slot, metadata, stopwatch).await {
             if failed.was_refused() {
                 store.regain_snapshot(&id)?;
             }
             return Err(failed);
         }
-        store.discard_snapshot(&id)?;
+        Ok(store.discard_snapshot(&id)?)
+    }
+
+    /// Lets the vCPUs go on, of a VM of which there is no snapshot.
+    pub(crate) async fn let_run(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        self.ask(slot, hypervisor.resume(&self.dir(&slot.id))).await?;
         stopwatch.lap("resume");
         Ok(())
     }
@@ -117,16 +128,16 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
-        let permit = self.bring_up_permit().await;
+        let permit = self.turn(&self.inner.bring_up).await;
+        let machine = Machine {
+            id: slot.id,
+            hypervisor: &metadata.spec.hypervisor,
+            generation: &metadata.generation,
+            memory_mode: metadata.memory_mode.unwrap_or_default(),
+            began: EpochKind::Restore,
+        };
         let (process, record) = self
-            .bring_back(
-                &dir,
-                &metadata,
-                &source,
-                EpochKind::Restore,
-                &HotPagesUse::Nothing,
-                stopwatch,
-            )
+            .bring_back(&dir, &machine, &source, &HotPagesUse::Nothing, stopwatch)
             .await?;
         let metadata = self.take_on(slot, process, record, metadata).await?;
         stopwatch.lap("record");

@@ -1,20 +1,25 @@
 //! Promote and demote: a template is an instance on standby that can be forked and cannot wake.
 
+use std::sync::Arc;
+
 use stencil_core::{Durability, Metadata, rules};
 
+use crate::armed;
 use crate::instance::Stopwatch;
 use crate::lifecycle::Change;
 use crate::registry::Slot;
 use crate::{Engine, EngineError, Instance};
 
 impl Engine {
-    /// Makes an instance on standby a template.
+    /// Makes an instance on standby a template, and keeps `armed` forks of it prepared (see [`Engine::arm`]). They are
+    /// made behind the answer.
     ///
     /// # Errors
     ///
-    /// [`EngineError::Refused`] in any other state.
-    pub async fn promote(&self, reference: &str) -> Result<Instance, EngineError> {
-        self.change(reference, Change::Promote).await
+    /// [`EngineError::Invalid`] for more than [`MAX_ARMED`](crate::MAX_ARMED); [`EngineError::Refused`] in any other state.
+    pub async fn promote(&self, reference: &str, armed: Option<u32>) -> Result<Instance, EngineError> {
+        armed::check(armed)?;
+        self.change(reference, Change::Promote(armed)).await
     }
 
     /// Makes a template an instance on standby again.
@@ -28,13 +33,16 @@ impl Engine {
 
     pub(crate) async fn promote_now(
         &self,
+        slot: &Arc<Slot>,
         metadata: &Metadata,
+        armed: Option<u32>,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        let promoted = rules::promoted(metadata);
+        let promoted = rules::with_armed(&rules::promoted(metadata), armed);
         self.on_disk(move |store| store.write(&promoted, Durability::Synced))
             .await?;
         stopwatch.lap("record");
+        self.refill(slot);
         Ok(())
     }
 
@@ -44,6 +52,8 @@ impl Engine {
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
+        self.disarm(slot).await;
+        stopwatch.lap("disarm");
         self.without_hot_pages(slot, rules::demoted(metadata), stopwatch)
             .await
     }

@@ -53,14 +53,22 @@ impl Engine {
         }
     }
 
-    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed.
-    pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<(), EngineError> {
+    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed; whether it is ready.
+    pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<bool, EngineError> {
         let log = self.dir(&slot.id).console_log();
+        let is_ready = || slot.vmm().is_some_and(|running| running.is_ready(&log));
         let deadline = tokio::time::Instant::now() + READY_WAIT;
-        while slot.vmm().is_some_and(|running| !running.is_ready(&log))
-            && self.observe(slot).await?.state() == State::Initializing
-            && tokio::time::timeout_at(deadline, changes.next()).await.is_ok()
-        {}
-        Ok(())
+        loop {
+            if is_ready() {
+                return Ok(true);
+            }
+            // Waited for first: most often the next thing to happen is that the guest prints its text.
+            if tokio::time::timeout_at(deadline, changes.next()).await.is_err() {
+                return Ok(false);
+            }
+            if !is_ready() && self.observe(slot).await?.state() != State::Initializing {
+                return Ok(false);
+            }
+        }
     }
 }

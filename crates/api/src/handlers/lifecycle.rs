@@ -1,11 +1,12 @@
-//! An instance's own life: each operation takes no body and answers with the instance.
+//! An instance's own life: each operation answers with the instance, and most take no body.
 
 use axum::extract::State;
 use stencil_engine::Engine;
 
-use crate::body::{Bare, Reference};
+use crate::body::{Bare, Json, MaybeJson, Reference};
 use crate::error::ApiError;
 use crate::reply::Instance;
+use crate::request::{ChangeInstance, PromoteTemplate};
 
 /// A handler for each of the engine's operations of that name.
 macro_rules! operations {
@@ -20,6 +21,22 @@ macro_rules! operations {
     )*};
 }
 
+pub(crate) async fn promote(
+    State(engine): State<Engine>,
+    Reference(id): Reference,
+    MaybeJson(asked): MaybeJson<PromoteTemplate>,
+) -> Result<axum::Json<Instance>, ApiError> {
+    Ok(axum::Json(engine.promote(&id, asked.armed).await?.into()))
+}
+
+pub(crate) async fn change(
+    State(engine): State<Engine>,
+    Reference(id): Reference,
+    Json(asked): Json<ChangeInstance>,
+) -> Result<axum::Json<Instance>, ApiError> {
+    Ok(axum::Json(engine.arm(&id, asked.armed).await?.into()))
+}
+
 operations!(
     start,
     stop,
@@ -27,7 +44,6 @@ operations!(
     resume,
     standby,
     restore,
-    promote,
     demote,
     record_hot_pages
 );

@@ -54,6 +54,7 @@ mod tests {
         let engine = Engine::open(Config {
             data: dir.path().to_owned(),
             hypervisors: Vec::new(),
+            armed: 0,
         })
         .await
         .unwrap();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use stencil_core::State;
 
-use super::{Forks, Instance, MemoryUse, Phase, Timings};
+use super::{Armed, Forks, Instance, MemoryUse, Phase, Timings};
 
 impl From<stencil_engine::Instance> for Instance {
     fn from(seen: stencil_engine::Instance) -> Self {
@@ -29,6 +29,10 @@ impl From<stencil_engine::Instance> for Instance {
             is_template: None,
             fork_of_template: None,
             forks,
+            armed: seen.armed.map(|armed| Armed {
+                target: armed.target,
+                ready: armed.ready,
+            }),
             generation: None,
             memory_mode: None,
             hot_pages: None,
@@ -150,6 +154,7 @@ mod tests {
             state,
             state_error: None,
             forks: None,
+            armed: None,
             memory_use: None,
             pages: None,
             timings: None,
@@ -198,6 +203,7 @@ mod tests {
                 id: id('2'),
                 name: "warm-1".parse().unwrap(),
             }]),
+            armed: Some(stencil_engine::Armed { target: 8, ready: 7 }),
             ..seen(
                 State::Template,
                 Some(Metadata {

@@ -224,7 +224,7 @@ async fn routes_and_methods_that_are_not_there_are_told() {
     for (method, path, allow) in [
         (Method::GET, "/instances/web/start", "POST"),
         (Method::PUT, "/instances", "GET,HEAD,POST"),
-        (Method::POST, "/instances/web", "GET,HEAD,DELETE"),
+        (Method::POST, "/instances/web", "GET,HEAD,PATCH,DELETE"),
     ] {
         let reply = world.ask(method, path, None, "").await;
         assert_eq!(

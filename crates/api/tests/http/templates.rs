@@ -4,7 +4,7 @@ use std::fs;
 
 use hyper::Method;
 use serde_json::json;
-use stencil_api::request::{ForkMany, ForkOne, ListInstances};
+use stencil_api::request::{ForkMany, ForkOne, ListInstances, PromoteTemplate};
 use stencil_core::{
     Durability, InstanceId, MemoryGeneration, Metadata, SnapshotManifest, State, Store, VmGeneration, VmSpec,
 };
@@ -60,7 +60,15 @@ fn on_standby() -> ForkOne {
 #[tokio::test]
 async fn a_template_with_live_forks_cannot_be_deleted_demoted_or_stopped_and_they_are_named() {
     let world = World::on(with_warm_on_standby()).await;
-    assert_eq!(world.client.promote("warm").await.unwrap().state, State::Template);
+    assert_eq!(
+        world
+            .client
+            .promote("warm", &PromoteTemplate::default())
+            .await
+            .unwrap()
+            .state,
+        State::Template
+    );
     let fork = world.client.fork("warm", &on_standby()).await.unwrap();
     let template = world.client.get("warm").await.unwrap();
     assert_eq!(
@@ -97,7 +105,11 @@ async fn a_template_with_live_forks_cannot_be_deleted_demoted_or_stopped_and_the
 #[tokio::test]
 async fn a_template_cannot_wake() {
     let world = World::on(with_warm_on_standby()).await;
-    world.client.promote("warm").await.unwrap();
+    world
+        .client
+        .promote("warm", &PromoteTemplate::default())
+        .await
+        .unwrap();
     assert_eq!(
         refusal(world.client.restore("warm").await),
         (409, "invalid_state".to_owned())
@@ -107,15 +119,64 @@ async fn a_template_cannot_wake() {
         (409, "invalid_state".to_owned())
     );
     assert_eq!(
-        refusal(world.client.promote("warm").await),
+        refusal(world.client.promote("warm", &PromoteTemplate::default()).await),
         (409, "invalid_state".to_owned())
     );
 }
 
 #[tokio::test]
+async fn how_many_forks_are_armed_is_said_at_promotion_and_can_be_changed() {
+    let world = World::on(with_warm_on_standby()).await;
+    let patch =
+        |body: &'static str| world.ask(Method::PATCH, "/instances/warm", Some("application/json"), body);
+    let reply = patch(r#"{"armed": 1}"#).await;
+    assert_eq!(
+        (reply.status, &reply.body["code"]),
+        (409, &json!("invalid_state"))
+    );
+    let reply = world
+        .post("/instances/warm/promote-template", r#"{"armed": 1025}"#)
+        .await;
+    assert_eq!(
+        (reply.status, &reply.body["message"]),
+        (
+            400,
+            &json!("armed is 1025; a template keeps 0 to 1024 forks prepared")
+        )
+    );
+    let reply = world
+        .post("/instances/warm/promote-template", r#"{"armed": 0}"#)
+        .await;
+    let none = json!({ "target": 0, "ready": 0 });
+    assert_eq!((reply.status, &reply.body["armed"]), (200, &none));
+    for (body, expected) in [
+        ("", "the body is empty"),
+        ("{}", "missing field `armed`"),
+        (r#"{"armed": -1}"#, "invalid value: integer `-1`, expected u32"),
+        (r#"{"armed": 1025}"#, "a template keeps 0 to 1024 forks prepared"),
+        (r#"{"name": "cold"}"#, "unknown field `name`, expected `armed`"),
+    ] {
+        let reply = patch(body).await;
+        assert_eq!(
+            (reply.status, &reply.body["code"]),
+            (400, &json!("invalid_request"))
+        );
+        let message = reply.body["message"].as_str().unwrap();
+        assert!(message.contains(expected), "{body}: {message}");
+    }
+    // The server's default, which is none here.
+    let reply = patch(r#"{"armed": null}"#).await;
+    assert_eq!((reply.status, &reply.body["armed"]), (200, &none));
+}
+
+#[tokio::test]
 async fn where_one_metadata_cannot_be_read_forks_are_not_counted_as_none() {
     let world = World::on(with_warm_on_standby()).await;
-    world.client.promote("warm").await.unwrap();
+    world
+        .client
+        .promote("warm", &PromoteTemplate::default())
+        .await
+        .unwrap();
     let fork = world.client.fork("warm", &on_standby()).await.unwrap();
     let metadata = world
         .data()

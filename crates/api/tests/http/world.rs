@@ -157,6 +157,7 @@ pub(crate) async fn open(data: &Path) -> Result<Engine, stencil_engine::EngineEr
     Engine::open(Config {
         data: data.to_owned(),
         hypervisors: vec![Arc::new(microvm)],
+        armed: 0,
     })
     .await
 }

@@ -11,14 +11,14 @@ use crate::scripted::House;
 
 impl House {
     /// As a VMM does when its recording closes: the list is renamed into place.
-    fn close_recording(&self, fork: &Instance, list: &[u8]) {
+    pub(crate) fn close_recording(&self, fork: &Instance, list: &[u8]) {
         let dir = self.metadata_path(&fork.id).parent().unwrap().to_owned();
         fs::write(dir.join("being-written"), list).unwrap();
         fs::rename(dir.join("being-written"), dir.join("hot-pages")).unwrap();
     }
 
     /// Runs `event`, and returns when the record of the instance has been rewritten after it.
-    async fn until_rewritten(&self, id: InstanceId, event: impl FnOnce()) {
+    pub(crate) async fn until_rewritten(&self, id: InstanceId, event: impl FnOnce()) {
         let mut inotify = Inotify::init().unwrap();
         let dir = self.metadata_path(&id).parent().unwrap().to_owned();
         inotify.watches().add(dir, WatchMask::MOVED_TO).unwrap();
@@ -38,7 +38,7 @@ impl House {
     }
 
     /// A list of the memory that the template has now.
-    fn list(&self, id: InstanceId) -> Vec<u8> {
+    pub(crate) fn list(&self, id: InstanceId) -> Vec<u8> {
         let manifest = self
             .metadata_path(&id)
             .with_file_name("snapshot")
@@ -49,7 +49,7 @@ impl House {
     }
 
     /// A template whose first fork has recorded.
-    async fn recorded_template(&self) -> (InstanceId, Instance) {
+    pub(crate) async fn recorded_template(&self) -> (InstanceId, Instance) {
         self.template("warm").await;
         let template = self.engine.get("warm").await.unwrap().id;
         let fork = self.fork().await;
@@ -208,7 +208,7 @@ async fn what_was_recorded_is_used_after_a_restart_of_the_server() {
     let house = House::new().await;
     house.recorded_template().await;
     // Refused, once what took the recording has let go of the template and the data directory.
-    assert!(house.engine.promote("warm").await.is_err());
+    assert!(house.engine.promote("warm", None).await.is_err());
     let house = house.restart().await;
     house.fork().await;
     assert_eq!(house.hypervisor.hot_pages(), ["recording", "prefetching"]);

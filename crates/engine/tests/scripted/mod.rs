@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -25,7 +25,7 @@ use tempfile::TempDir;
 #[derive(Debug, Default)]
 pub(crate) struct Scripted {
     phases: Mutex<HashMap<OsString, VmPhase>>,
-    failing: Mutex<Option<&'static str>>,
+    failing: Mutex<Option<(&'static str, u32)>>,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
     version: Mutex<Option<&'static str>>,
@@ -34,7 +34,12 @@ pub(crate) struct Scripted {
 impl Scripted {
     /// The next calls of this name fail.
     pub(crate) fn fail(&self, call: &'static str) {
-        *self.failing.lock().unwrap() = Some(call);
+        self.fail_times(call, u32::MAX);
+    }
+
+    /// So many next calls of this name fail.
+    pub(crate) fn fail_times(&self, call: &'static str, times: u32) {
+        *self.failing.lock().unwrap() = Some((call, times));
     }
 
     /// The calls that were made, such as `restore`, in order.
@@ -63,10 +68,13 @@ impl Scripted {
 
     fn call(&self, call: &'static str) -> Result<(), VmmError> {
         self.log.lock().unwrap().push(call.to_owned());
-        match *self.failing.lock().unwrap() {
-            Some(failing) if failing == call => Err(VmmError::PathNotUtf8 {
-                path: PathBuf::from(call),
-            }),
+        match &mut *self.failing.lock().unwrap() {
+            Some((failing, times)) if *failing == call && *times > 0 => {
+                *times -= 1;
+                Err(VmmError::PathNotUtf8 {
+                    path: PathBuf::from(call),
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -101,20 +109,7 @@ impl Hypervisor for Scripted {
 
     async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
         self.call("spawn")?;
-        #[expect(
-            clippy::zombie_processes,
-            reason = "a zombie counts as gone, and goes with the test"
-        )]
-        // An idle process that looks like a VMM to the sweep: its command line has `--api-socket`.
-        let child = Command::new("tail")
-            .args(["-f", "/dev/null", "--", "--api-socket"])
-            .current_dir(dir.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let identity = identity(child.id());
+        let identity = identity(idle_vmm(dir.path()).id());
         self.set(dir, VmPhase::Undefined);
         Ok(VmmProcess::attach(&identity).unwrap().unwrap())
     }
@@ -189,6 +184,19 @@ impl Hypervisor for Scripted {
     }
 }
 
+/// An idle process that looks like a VMM to the sweep: its command line has `--api-socket`.
+fn idle_vmm(dir: &Path) -> Child {
+    // As a zombie it counts as gone, and goes with the test.
+    Command::new("tail")
+        .args(["-f", "/dev/null", "--", "--api-socket"])
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
 fn identity(pid: u32) -> ProcessIdentity {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let after_name = &stat[stat.rfind(')').unwrap() + 2..];
@@ -240,7 +248,7 @@ impl House {
     pub(crate) async fn template(&self, name: &str) {
         self.running(name).await;
         self.engine.standby(name).await.unwrap();
-        self.engine.promote(name).await.unwrap();
+        self.engine.promote(name, None).await.unwrap();
     }
 
     pub(crate) fn request(&self, name: &str) -> CreateRequest {
@@ -258,6 +266,13 @@ impl House {
             labels: Default::default(),
             start: true,
         }
+    }
+
+    /// A VMM in the directory of a fork that is not named yet, as a killed server leaves one; its process id.
+    pub(crate) fn abandon_armed_fork(&self) -> u32 {
+        let dir = self.data.path().join("instances/.new-01k9z0c8mn0000000000000009");
+        fs::create_dir(&dir).unwrap();
+        idle_vmm(&dir).id()
     }
 
     /// Names of what lies among the instances.
@@ -292,6 +307,7 @@ async fn open(data: &TempDir, hypervisor: &Arc<Scripted>) -> Engine {
     Engine::open(Config {
         data: data.path().to_owned(),
         hypervisors: vec![hypervisor],
+        armed: 0,
     })
     .await
     .unwrap()

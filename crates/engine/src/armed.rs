@@ -1,0 +1,293 @@
+//! Armed forks: forks of a template that are prepared before anybody asks for them. Taking one is naming it and letting
+//! it run.
+//!
+//! An armed fork has its id and its generation already, which nobody else ever had: nothing of it is left to be made
+//! different. It lies in `.new-<id>`, so it is no instance: it is in no list, no live fork, and what a crash leaves of it is
+//! swept like every other operation that did not end.
+//!
+//! A pool is filled behind the request that made room in it: one fork at a time on the whole server, none while the
+//! host is short of memory. Nothing looks at a pool that is full.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use stencil_core::rules::{self, Operation};
+use stencil_core::{Durability, InstanceId, MemoryMode, Metadata, error_chain};
+
+use crate::hot_pages::HotPagesUse;
+use crate::instance::{Armed, Stopwatch};
+use crate::lifecycle::Change;
+use crate::prepare::PreparedFork;
+use crate::registry::Slot;
+use crate::{Engine, EngineError, ForkRequest, Instance};
+
+/// The most forks of one template that are kept prepared.
+pub const MAX_ARMED: u32 = 1024;
+
+/// How armed forks are restored: as forks that do not ask for a mode.
+const MODE: MemoryMode = MemoryMode::Cow;
+
+/// The armed forks of one template.
+#[derive(Debug, Default)]
+pub(crate) struct Pool(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    ready: VecDeque<ArmedFork>,
+    refill: Refill,
+    /// The server ends: nothing is kept any more.
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct ArmedFork {
+    fork: PreparedFork,
+    has_hot_pages: bool,
+}
+
+/// Whether a task fills the pool.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Refill {
+    #[default]
+    Idle,
+    Busy,
+    /// It is to look once more before it ends.
+    Again,
+}
+
+impl Pool {
+    /// An armed fork that lives; those that have died go.
+    pub(crate) fn take(&self, mode: MemoryMode) -> Option<PreparedFork> {
+        if mode != MODE {
+            return None;
+        }
+        loop {
+            let ArmedFork { fork, .. } = self.kept().ready.pop_front()?;
+            if fork.is_alive() {
+                return Some(fork);
+            }
+            tracing::warn!(fork = %fork.id, "an armed fork has died; another is taken");
+        }
+    }
+
+    /// How many can be taken.
+    pub(crate) fn ready(&self) -> usize {
+        self.kept()
+            .ready
+            .iter()
+            .filter(|armed| armed.fork.is_alive())
+            .count()
+    }
+
+    /// Takes those out that `goes` is true of.
+    fn remove(&self, goes: impl Fn(usize, &ArmedFork) -> bool) -> Vec<PreparedFork> {
+        let mut kept = self.kept();
+        let (mut gone, mut stay) = (Vec::new(), VecDeque::new());
+        for (index, armed) in std::mem::take(&mut kept.ready).into_iter().enumerate() {
+            if goes(index, &armed) {
+                gone.push(armed.fork);
+            } else {
+                stay.push_back(armed);
+            }
+        }
+        kept.ready = stay;
+        gone
+    }
+
+    /// Takes all of them out.
+    pub(crate) fn empty(&self) -> Vec<PreparedFork> {
+        self.remove(|_, _| true)
+    }
+
+    /// Gives it back where nothing is kept any more.
+    fn put(&self, armed: ArmedFork) -> Option<PreparedFork> {
+        let mut kept = self.kept();
+        if kept.closed {
+            return Some(armed.fork);
+        }
+        kept.ready.push_back(armed);
+        None
+    }
+
+    /// Whether the caller is to fill the pool; else someone does, and will look once more.
+    fn begin_refill(&self) -> bool {
+        let mut kept = self.kept();
+        let begins = kept.refill == Refill::Idle;
+        kept.refill = if begins { Refill::Busy } else { Refill::Again };
+        begins
+    }
+
+    /// Whether the caller is done; else it was asked to look once more.
+    fn end_refill(&self) -> bool {
+        let mut kept = self.kept();
+        let ends = kept.refill == Refill::Busy;
+        kept.refill = if ends { Refill::Idle } else { Refill::Busy };
+        ends
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // Nothing panics while it holds this lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of the attempt to arm one more fork.
+#[derive(Debug, PartialEq, Eq)]
+enum ArmOne {
+    Done,
+    /// There are enough, or there are to be none.
+    Enough,
+    /// The host is short of memory.
+    Short,
+}
+
+impl Engine {
+    /// Changes how many forks of a template are kept prepared: `armed`, at most [`MAX_ARMED`], or as many as the server
+    /// does by default. They are made, or go, behind the answer.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Invalid`] for more; [`EngineError::Refused`] if it is no template.
+    pub async fn arm(&self, reference: &str, armed: Option<u32>) -> Result<Instance, EngineError> {
+        check(armed)?;
+        self.change(reference, Change::Arm(armed)).await
+    }
+
+    pub(crate) async fn arm_now(
+        &self,
+        slot: &Arc<Slot>,
+        metadata: &Metadata,
+        armed: Option<u32>,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let metadata = rules::with_armed(metadata, armed);
+        let target = self.target(&metadata);
+        self.on_disk(move |store| store.write(&metadata, Durability::Synced))
+            .await?;
+        stopwatch.lap("record");
+        end_all(slot.pool.remove(|index, _| index >= target)).await;
+        stopwatch.lap("disarm");
+        self.refill(slot);
+        Ok(())
+    }
+
+    /// How many forks of a template are to be kept prepared, and how many are.
+    pub(crate) fn armed(&self, slot: &Slot, metadata: &Metadata) -> Armed {
+        Armed {
+            target: self.target(metadata),
+            ready: slot.pool.ready(),
+        }
+    }
+
+    fn target(&self, metadata: &Metadata) -> usize {
+        metadata.armed.unwrap_or(self.inner.armed_by_default) as usize
+    }
+
+    /// Fills the pool of a template behind the caller, if there is room in it.
+    pub(crate) fn refill(&self, slot: &Arc<Slot>) {
+        if !slot.pool.begin_refill() {
+            return;
+        }
+        let slot = Arc::clone(slot);
+        // A task that waits does not keep the data directory in use.
+        let engine = Arc::downgrade(&self.inner);
+        tokio::spawn(async move {
+            loop {
+                let Some(inner) = engine.upgrade() else { return };
+                let one = (Self { inner }).arm_one(&slot).await;
+                match one {
+                    Ok(ArmOne::Done) => slot.tell(),
+                    Ok(ArmOne::Enough | ArmOne::Short) if slot.pool.end_refill() => return,
+                    Ok(ArmOne::Enough | ArmOne::Short) => {}
+                    Err(error) => {
+                        // The next request for a fork tries again.
+                        tracing::warn!(instance = %slot.id, error = error_chain(&error), "no fork could be armed");
+                        if slot.pool.end_refill() {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    async fn arm_one(&self, slot: &Arc<Slot>) -> Result<ArmOne, EngineError> {
+        let _turn = self.turn(&self.inner.arming).await;
+        // Held until the fork is in the pool: who has the lock for itself finds all of them there.
+        let base = self.fork_base(slot, ForkRequest::default()).await;
+        let base = match base {
+            Ok(base) if base.plan.fork_of_template.is_some() => base,
+            // It was demoted or deleted meanwhile.
+            Ok(_) | Err(EngineError::Refused(_) | EngineError::NotFound(_)) => return Ok(ArmOne::Enough),
+            Err(failed) => return Err(failed),
+        };
+        // Those that died make room.
+        drop(slot.pool.remove(|_, armed| !armed.fork.is_alive()));
+        if slot.pool.kept().closed || !self.armed(slot, &base.metadata).is_too_few() {
+            return Ok(ArmOne::Enough);
+        }
+        if self.inner.pressure.is_short() {
+            tracing::info!(instance = %slot.id, "no fork is armed while the host is short of memory");
+            return Ok(ArmOne::Short);
+        }
+        let Some(snapshot) = &base.snapshot else {
+            return Ok(ArmOne::Enough);
+        };
+        let hot_pages = self.known_hot_pages(&base, snapshot);
+        let has_hot_pages = matches!(hot_pages, HotPagesUse::Prefetch(_));
+        let _permit = self.turn(&self.inner.bring_up).await;
+        let fork = self
+            .prepare(
+                &base,
+                snapshot,
+                InstanceId::generate(),
+                hot_pages,
+                &mut Stopwatch::start(Operation::Fork),
+            )
+            .await?;
+        match slot.pool.put(ArmedFork { fork, has_hot_pages }) {
+            None => Ok(ArmOne::Done),
+            Some(fork) => {
+                fork.end().await;
+                Ok(ArmOne::Enough)
+            }
+        }
+    }
+
+    /// Arms anew what was armed without hot pages that are known now. The caller has the template's lock.
+    pub(crate) async fn rearm(&self, slot: &Arc<Slot>) {
+        end_all(slot.pool.remove(|_, armed| !armed.has_hot_pages)).await;
+        self.refill(slot);
+    }
+
+    /// Ends the armed forks of an instance, and returns when nothing of them is left. The caller has its lock.
+    pub(crate) async fn disarm(&self, slot: &Slot) {
+        end_all(slot.pool.empty()).await;
+    }
+
+    /// Ends what only a server keeps: armed forks. VMs of instances go on running.
+    pub async fn close(&self) {
+        let slots = self.inner.registry.all();
+        for slot in &slots {
+            slot.pool.kept().closed = true;
+        }
+        // The one that is being armed is ended by who arms it.
+        let _turn = self.turn(&self.inner.arming).await;
+        end_all(slots.iter().flat_map(|slot| slot.pool.empty()).collect()).await;
+    }
+}
+
+/// Refuses more than can be kept.
+pub(crate) fn check(armed: Option<u32>) -> Result<(), EngineError> {
+    match armed {
+        Some(armed) if armed > MAX_ARMED => Err(EngineError::Invalid(format!(
+            "armed is {armed}; a template keeps 0 to {MAX_ARMED} forks prepared"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Ends them side by side: each takes the kernel some 20 ms, which it mostly waits.
+pub(crate) async fn end_all(forks: Vec<PreparedFork>) {
+    futures_util::future::join_all(forks.into_iter().map(PreparedFork::end)).await;
+}
