@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use stencil_core::rules::{self, Operation};
 use stencil_core::{Durability, InstanceId, MemoryMode, Metadata, error_chain};
@@ -23,6 +24,9 @@ use crate::{Engine, EngineError, ForkRequest, Instance};
 
 /// The most forks of one template that are kept prepared.
 pub const MAX_ARMED: u32 = 1024;
+
+/// How long a pool waits before it is filled: the forks that made room in it go first.
+const BEHIND: Duration = Duration::from_millis(2);
 
 /// How armed forks are restored: as forks that do not ask for a mode.
 const MODE: MemoryMode = MemoryMode::Cow;
@@ -77,6 +81,11 @@ impl Pool {
             .iter()
             .filter(|armed| armed.fork.is_alive())
             .count()
+    }
+
+    /// How many there are, with those that have died unnoticed.
+    fn len(&self) -> usize {
+        self.kept().ready.len()
     }
 
     /// Takes those out that `goes` is true of.
@@ -179,6 +188,11 @@ impl Engine {
         }
     }
 
+    /// Whether there is room for one more armed fork.
+    pub(crate) fn is_too_few_armed(&self, slot: &Slot, metadata: &Metadata) -> bool {
+        slot.pool.len() < self.target(metadata)
+    }
+
     fn target(&self, metadata: &Metadata) -> usize {
         metadata.armed.unwrap_or(self.inner.armed_by_default) as usize
     }
@@ -192,6 +206,7 @@ impl Engine {
         // A task that waits does not keep the data directory in use.
         let engine = Arc::downgrade(&self.inner);
         tokio::spawn(async move {
+            tokio::time::sleep(BEHIND).await;
             loop {
                 let Some(inner) = engine.upgrade() else { return };
                 let one = (Self { inner }).arm_one(&slot).await;
@@ -223,7 +238,7 @@ impl Engine {
         };
         // Those that died make room.
         drop(slot.pool.remove(|_, armed| !armed.fork.is_alive()));
-        if slot.pool.kept().closed || !self.armed(slot, &base.metadata).is_too_few() {
+        if slot.pool.kept().closed || !self.is_too_few_armed(slot, &base.metadata) {
             return Ok(ArmOne::Enough);
         }
         if self.inner.pressure.is_short() {

@@ -162,7 +162,7 @@ impl Engine {
 
     /// The forks are made: a source that ran before runs again, and a template's armed forks are made up for.
     async fn release(&self, base: ForkBase, forks: Vec<InstanceName>) -> Result<(), EngineError> {
-        if base.plan.fork_of_template.is_some() && self.armed(&base.source, &base.metadata).is_too_few() {
+        if base.plan.fork_of_template.is_some() && self.is_too_few_armed(&base.source, &base.metadata) {
             self.refill(&base.source);
         }
         if let (ForkFrom::Running, Some(snapshot)) = (base.plan.from, base.snapshot) {

@@ -40,12 +40,6 @@ pub struct Armed {
     pub ready: usize,
 }
 
-impl Armed {
-    pub(crate) fn is_too_few(self) -> bool {
-        self.ready < self.target
-    }
-}
-
 /// How long an operation took, phase after phase; the phases add up to the whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Timings {

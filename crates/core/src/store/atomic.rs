@@ -34,7 +34,8 @@ pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     if found.len() > MOST_READ {
         return Err(ErrorKind::FileTooLarge.into());
     }
-    let mut content = Vec::new();
+    // Room for all of it and a byte more, with which the end is noticed: else it is read in small pieces.
+    let mut content = Vec::with_capacity(usize::try_from(found.len()).unwrap_or(0) + 1);
     file.take(MOST_READ).read_to_end(&mut content)?;
     Ok(content)
 }
