@@ -2,6 +2,7 @@
 //! and as strings alike.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
@@ -32,6 +33,14 @@ impl InstanceId {
                 .generate()
                 .unwrap_or_else(|overflow| overflow.commit_overflow_increment()),
         )
+    }
+
+    /// The ids whose string begins with `prefix`: they follow each other. `None` if no id does.
+    #[must_use]
+    pub fn beginning_with(prefix: &str) -> Option<RangeInclusive<Self>> {
+        // The first character goes to 7 only: 26 characters hold two bits more than an id has.
+        let greatest = if prefix.is_empty() { "7" } else { prefix };
+        Some(format!("{prefix:0<26}").parse().ok()?..=format!("{greatest:z<26}").parse().ok()?)
     }
 }
 
@@ -134,6 +143,23 @@ mod tests {
         fn every_id_survives_its_string(value: u128) {
             let id = InstanceId(Ulid::from(value));
             prop_assert_eq!(id.to_string().parse(), Ok(id));
+        }
+
+        #[test]
+        fn ids_that_begin_alike_are_one_range(value: u128, other: u128, length in 0..27_usize) {
+            let (id, other) = (InstanceId(Ulid::from(value)), InstanceId(Ulid::from(other)));
+            let text = id.to_string();
+            let range = InstanceId::beginning_with(&text[..length]).unwrap();
+            prop_assert!(range.contains(&id));
+            prop_assert_eq!(range.contains(&other), other.to_string().starts_with(&text[..length]));
+        }
+
+        #[test]
+        fn what_no_id_begins_with_has_no_range(text in "\\PC{1,30}") {
+            let is_prefix = text.len() <= 26
+                && text.starts_with(|first| ('0'..='7').contains(&first))
+                && text.chars().all(|c| "0123456789abcdefghjkmnpqrstvwxyz".contains(c));
+            prop_assert_eq!(InstanceId::beginning_with(&text).is_some(), is_prefix);
         }
 
         #[test]

@@ -138,13 +138,22 @@ impl Store {
 
     /// Reads the records of all instances, in the order of their ids.
     ///
-    /// Names that are no ids are passed over; [`Store::live_forks`] is where they matter.
+    /// Names that are no ids are passed over; they are told by [`Store::strangers`].
     ///
     /// # Errors
     /// [`StoreError::Io`] if the directory itself cannot be read.
     pub fn scan(&self) -> Result<Vec<Scanned>, StoreError> {
         let ids = self.entries()?.into_iter().filter_map(|entry| entry.id);
         Ok(ids.filter_map(|id| self.scan_one(id)).collect())
+    }
+
+    /// What lies among the instances and is none. As long as it does, [`Store::live_forks`] fails.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the directory of instances cannot be read.
+    pub fn strangers(&self) -> Result<Vec<PathBuf>, StoreError> {
+        let strangers = self.entries()?.into_iter().filter(|entry| entry.id.is_none());
+        Ok(strangers.map(|entry| entry.path).collect())
     }
 
     /// Counts the forks of a template from the records on disk, in the order of their ids.

@@ -140,6 +140,7 @@ impl Engine {
         process: &VmmProcess,
     ) {
         if let Err(error) = hypervisor.stop(dir, process).await {
+            self.inner.registry.lose_vmm();
             tracing::error!(instance = %id, error = error_chain(&error), "a VMM that failed could not be stopped");
         }
     }
@@ -221,9 +222,9 @@ impl Engine {
         slot.set_vmm(None);
         if let Some(running) = running {
             let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-            hypervisor
-                .stop(&self.dir(&slot.id), &running.process)
-                .await
+            let stopped = hypervisor.stop(&self.dir(&slot.id), &running.process).await;
+            stopped
+                .inspect_err(|_| self.inner.registry.lose_vmm())
                 .map_err(EngineError::vmm(slot.id))?;
         }
         Ok(())

@@ -35,7 +35,7 @@ impl Engine {
         let made = metadata.clone();
         self.on_disk(move |store| store.begin(id)?.commit(&made, Durability::Synced))
             .await?;
-        let (slot, _guard) = reservation.commit(id);
+        let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if request.start
             && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await

@@ -41,9 +41,12 @@ impl Engine {
 
     /// Ends the VM, if any, and removes the instance from disk and from the registry. The caller has its lock.
     pub(crate) async fn discard(&self, slot: &Arc<Slot>) -> Result<(), EngineError> {
-        let dir = self.dir(&slot.id);
         self.disarm(slot).await;
-        if let Ok(metadata) = self.read(&slot.id) {
+        let record = self.read(&slot.id);
+        // Where the record tells the VMM, its end is proved. Else only the host knows it, and asking the host costs a look
+        // at each of its processes.
+        let only_host_knows = record.is_err() || self.inner.registry.may_have_lost_vmm(slot);
+        if let Ok(metadata) = record {
             let without = Metadata {
                 vmm: None,
                 ..metadata
@@ -55,9 +58,12 @@ impl Engine {
             self.stop_vmm(slot, &without).await?;
         }
         slot.set_vmm(None);
-        // With unreadable metadata nobody knows the VMM but the host.
-        for process in stray_processes(dir.path()) {
-            self.end_stray(&process).await;
+        if only_host_knows {
+            let dir = self.dir(&slot.id);
+            let strays = self.on_disk(move |_| Ok(stray_processes(dir.path()))).await?;
+            for process in strays {
+                self.end_stray(&process).await;
+            }
         }
         let id = slot.id;
         self.on_disk(move |store| store.remove(&id)).await?;

@@ -210,7 +210,7 @@ impl Engine {
             new.commit(&made, Durability::Synced)
         })
         .await?;
-        let (slot, _guard) = reservation.commit(id);
+        let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if base.plan.target == State::Running
             && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
@@ -281,7 +281,7 @@ impl Engine {
             ..fork_metadata(base, id, reservation.name().clone(), generation)
         };
         new.commit(&metadata, Durability::Renamed)?;
-        let (slot, guard) = reservation.commit(id);
+        let (slot, guard) = reservation.commit(&metadata);
         self.adopt(&slot, process.keep(), &record, &metadata.spec);
         if let Some(claim) = recording {
             let memory = snapshot.manifest.memory_generation;

@@ -9,7 +9,7 @@
 //! | `engine` | the [`Engine`]: what it owns, how it opens a data directory |
 //! | `requests`, `instance`, `error` | what goes in, what comes out |
 //! | `admission`, `kernel` | checks of a request against the host, before anything is made |
-//! | `registry` | which instances there are, their names, their locks and their running VMMs |
+//! | `registry`, `names` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
 //! | `prepare` | a fork up to its first instruction |
@@ -63,6 +63,7 @@ mod hot_pages;
 mod instance;
 mod kernel;
 mod lifecycle;
+mod names;
 mod observe;
 mod prepare;
 mod pressure;

@@ -124,19 +124,31 @@ impl Engine {
             .map(|name| self.inner.registry.find(name))
             .transpose()?
             .map(|t| t.id);
-        let shown = futures_util::stream::iter(self.inner.registry.all())
-            .map(|slot| async move { self.show(&slot).await })
+        let slots = match template {
+            Some(template) => self.inner.registry.perhaps_forks(&template),
+            None => self.inner.registry.all(),
+        };
+        let shown = futures_util::stream::iter(slots)
+            .map(|slot| async move {
+                let shown = self.show(&slot).await;
+                // One without a VMM is observed without waiting: others have their turn in between.
+                tokio::task::consume_budget().await;
+                (slot, shown)
+            })
             .buffered(OBSERVED_AT_ONCE)
             .collect::<Vec<_>>()
             .await;
+        let of_template = |slot: &Slot, instance: &Instance| match &instance.metadata {
+            Some(metadata) => metadata.fork_of_template == template,
+            None => slot.fork_of_template == template,
+        };
         Ok(shown
             .into_iter()
             // One that was deleted meanwhile is not in the list.
-            .filter_map(Result::ok)
-            .filter(|instance| filter.state.is_none_or(|state| instance.state == state))
-            .filter(|instance| {
-                template.is_none() || instance.metadata.as_ref().and_then(|m| m.fork_of_template) == template
-            })
+            .filter_map(|(slot, shown)| Some((slot, shown.ok()?)))
+            .filter(|(_, instance)| filter.state.is_none_or(|state| instance.state == state))
+            .filter(|(slot, instance)| template.is_none() || of_template(slot, instance))
+            .map(|(_, instance)| instance)
             .collect())
     }
 
@@ -160,7 +172,7 @@ impl Engine {
                 instance.state_error = seen.observed.error;
                 if seen.metadata.is_template {
                     instance.armed = Some(self.armed(slot, &seen.metadata));
-                    match self.live_forks(slot).await {
+                    match self.forks_to_show(slot).await {
                         Ok(forks) => instance.forks = Some(forks),
                         Err(error) => {
                             instance.state_error.get_or_insert(format!(
@@ -205,7 +217,15 @@ impl Engine {
         }
     }
 
-    /// The live forks of a template, counted from the metadata on disk.
+    /// The live forks of a template as they are shown: from the index where it knows all instances.
+    async fn forks_to_show(&self, slot: &Slot) -> Result<Vec<LiveFork>, EngineError> {
+        match self.inner.registry.live_forks(&slot.id) {
+            Some(forks) => Ok(forks),
+            None => self.live_forks(slot).await,
+        }
+    }
+
+    /// The live forks of a template for a decision, counted from the metadata on disk.
     pub(crate) async fn live_forks(&self, slot: &Slot) -> Result<Vec<LiveFork>, EngineError> {
         let id = slot.id;
         self.on_disk(move |store| store.live_forks(&id)).await

@@ -23,9 +23,13 @@ impl Engine {
                 }
                 Err(error) => {
                     tracing::error!(instance = %found.id, error = error_chain(&error), "metadata cannot be read");
-                    self.inner.registry.add(Slot::new(found.id, None));
+                    self.inner.registry.add(Slot::unread(found.id));
                 }
             }
+        }
+        for stranger in self.on_disk(stencil_core::Store::strangers).await? {
+            tracing::error!(path = %stranger.display(), "this is no instance: forks cannot be counted while it is there");
+            self.inner.registry.add_stranger();
         }
         // A VMM that no record names belongs to an operation that did not end: the instance is as it was before it.
         for process in stray_processes(&self.inner.store.data().instances()) {
@@ -54,10 +58,7 @@ impl Engine {
     }
 
     fn reattach(&self, metadata: Metadata) -> Arc<Slot> {
-        let slot = self
-            .inner
-            .registry
-            .add(Slot::new(metadata.id, Some(metadata.name.clone())));
+        let slot = self.inner.registry.add(Slot::of(&metadata));
         let Some(record) = &metadata.vmm else { return slot };
         match VmmProcess::attach(&record.process) {
             Ok(Some(process)) => {
@@ -68,6 +69,7 @@ impl Engine {
                 tracing::warn!(instance = %slot.id, pid = record.process.pid, "its VMM ended while no server watched it");
             }
             Err(error) => {
+                self.inner.registry.lose_vmm();
                 tracing::error!(instance = %slot.id, pid = record.process.pid, error = error_chain(&error), "cannot tell whether its VMM runs");
             }
         }
@@ -82,6 +84,7 @@ impl Engine {
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
+            self.inner.registry.lose_vmm();
             tracing::error!(
                 pid = identity.pid,
                 error = error_chain(&error),

@@ -1,31 +1,43 @@
 //! Which instances there are, what they are called, and what belongs to each while the server runs: its lock, the
 //! process of its VMM, who waits for it.
 //!
-//! An index over the store, rebuilt from a scan when the engine opens. It answers "which instance is meant" and keeps
-//! names apart; what an instance *is* is always read from disk.
+//! An index over the store, rebuilt from a scan when the engine opens. It answers "which instance is meant", keeps
+//! names apart, and knows which forks a template has to show: no call reads the records of other instances. What an
+//! instance *is* is always read from disk, and whether a template may go is decided by a scan.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use stencil_core::{InstanceId, InstanceName};
+use stencil_core::rules::LiveFork;
+use stencil_core::{InstanceId, InstanceName, Metadata};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
 use crate::armed::Pool;
 use crate::hot_list::HotList;
+use crate::names::{Holder, Names};
 use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
 
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     index: Mutex<Index>,
+    /// A VMM could not be ended, or nobody knows whether it runs: only the host's processes tell where one is left.
+    lost_a_vmm: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Index {
     slots: BTreeMap<InstanceId, Arc<Slot>>,
-    names: HashMap<InstanceName, Holder>,
+    names: Names,
+    /// The forks of each template that has any.
+    forks: HashMap<InstanceId, BTreeSet<InstanceId>>,
+    /// Those whose record could not be read: each may be anybody's fork.
+    unread: BTreeSet<InstanceId>,
+    /// Something among the instances is none, so that forks cannot be counted.
+    has_strangers: bool,
 }
 
 impl Index {
@@ -34,19 +46,14 @@ impl Index {
     }
 }
 
-/// Who has a name.
-#[derive(Clone, Copy, Debug)]
-enum Holder {
-    Instance(InstanceId),
-    /// An instance that is being made.
-    Reserved,
-}
-
 /// What belongs to one instance while the server runs.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) id: InstanceId,
+    /// Absent where its record could not be read.
     pub(crate) name: Option<InstanceName>,
+    /// The template that it was forked of, which never changes.
+    pub(crate) fork_of_template: Option<InstanceId>,
     /// Exclusive for operations that change the instance, shared while forks are taken from it.
     pub(crate) lock: Arc<RwLock<()>>,
     /// Told whenever an operation ended, the VMM's process did, or, while someone waits, a file of the instance changed.
@@ -84,10 +91,20 @@ impl RunningVmm {
 }
 
 impl Slot {
-    pub(crate) fn new(id: InstanceId, name: Option<InstanceName>) -> Self {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self {
+            name: Some(metadata.name.clone()),
+            fork_of_template: metadata.fork_of_template,
+            ..Self::unread(metadata.id)
+        }
+    }
+
+    /// Of an instance whose record cannot be read.
+    pub(crate) fn unread(id: InstanceId) -> Self {
         Self {
             id,
-            name,
+            name: None,
+            fork_of_template: None,
             lock: Arc::default(),
             changed: watch::Sender::new(()),
             hot_list: Arc::default(),
@@ -134,8 +151,12 @@ impl Registry {
     pub(crate) fn add(&self, slot: Slot) -> Arc<Slot> {
         let slot = Arc::new(slot);
         let mut index = self.index();
-        if let Some(name) = &slot.name {
-            index.names.insert(name.clone(), Holder::Instance(slot.id));
+        match &slot.name {
+            Some(name) => index.names.give(name.clone(), Holder::Instance(slot.id)),
+            None => drop(index.unread.insert(slot.id)),
+        }
+        if let Some(template) = slot.fork_of_template {
+            index.forks.entry(template).or_default().insert(slot.id);
         }
         index.slots.insert(slot.id, Arc::clone(&slot));
         slot
@@ -144,14 +165,64 @@ impl Registry {
     pub(crate) fn remove(&self, slot: &Slot) {
         let mut index = self.index();
         index.slots.remove(&slot.id);
+        index.unread.remove(&slot.id);
         if let Some(name) = &slot.name {
-            index.names.remove(name);
+            index.names.free(name);
+        }
+        if let Some(template) = slot.fork_of_template
+            && let Some(forks) = index.forks.get_mut(&template)
+        {
+            forks.remove(&slot.id);
+            if forks.is_empty() {
+                index.forks.remove(&template);
+            }
         }
         slot.tell();
     }
 
+    /// Something among the instances is none, and may be anybody's fork.
+    pub(crate) fn add_stranger(&self) {
+        self.index().has_strangers = true;
+    }
+
+    /// The forks of a template, to be shown; `None` where there are records that could not be read, and only a scan
+    /// can tell. No decision is made by it.
+    pub(crate) fn live_forks(&self, template: &InstanceId) -> Option<Vec<LiveFork>> {
+        let index = self.index();
+        if index.has_strangers || !index.unread.is_empty() {
+            return None;
+        }
+        let forks = index.forks.get(template).into_iter().flatten();
+        let live_fork = |id: &InstanceId| {
+            let name = index.slots.get(id)?.name.clone()?;
+            Some(LiveFork { id: *id, name })
+        };
+        Some(forks.filter_map(live_fork).collect())
+    }
+
+    /// The instances that may be forks of a template: its forks, and those whose record could not be read.
+    pub(crate) fn perhaps_forks(&self, template: &InstanceId) -> Vec<Arc<Slot>> {
+        let index = self.index();
+        let forks = index.forks.get(template).into_iter().flatten();
+        // In the order of their ids.
+        let ids: BTreeSet<&InstanceId> = forks.chain(&index.unread).collect();
+        ids.into_iter()
+            .filter_map(|id| index.slots.get(id).cloned())
+            .collect()
+    }
+
     pub(crate) fn all(&self) -> Vec<Arc<Slot>> {
         self.index().slots.values().cloned().collect()
+    }
+
+    /// A VMM may be there that no slot has.
+    pub(crate) fn lose_vmm(&self) {
+        self.lost_a_vmm.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the instance may have a VMM that its slot does not have.
+    pub(crate) fn may_have_lost_vmm(&self, slot: &Slot) -> bool {
+        slot.name.is_none() || self.lost_a_vmm.load(Ordering::Relaxed)
     }
 
     /// The instance that `reference` means: an id, an exact name, or a prefix that only one id has; in this order.
@@ -160,18 +231,19 @@ impl Registry {
         let by_id = index.by_id(reference);
         let by_name = || {
             let name: InstanceName = reference.parse().ok()?;
-            match index.names.get(&name)? {
-                Holder::Instance(id) => index.slots.get(id),
+            match index.names.holder(&name)? {
+                Holder::Instance(id) => index.slots.get(&id),
                 Holder::Reserved => None,
             }
         };
         if let Some(slot) = by_id.or_else(by_name) {
             return Ok(Arc::clone(slot));
         }
-        let mut candidates = index
-            .slots
-            .values()
-            .filter(|slot| !reference.is_empty() && slot.id.to_string().starts_with(reference));
+        let mut candidates = InstanceId::beginning_with(reference)
+            .filter(|_| !reference.is_empty())
+            .into_iter()
+            .flat_map(|ids| index.slots.range(ids))
+            .map(|(_, slot)| slot);
         match (candidates.next(), candidates.next()) {
             (Some(only), None) => Ok(Arc::clone(only)),
             (Some(first), Some(second)) => Err(EngineError::Ambiguous {
@@ -204,11 +276,11 @@ impl Registry {
         if let Some(slot) = index.by_id(name.as_str()) {
             return conflict(Some(slot.id));
         }
-        match index.names.get(&name) {
-            Some(Holder::Instance(id)) => conflict(Some(*id)),
+        match index.names.holder(&name) {
+            Some(Holder::Instance(id)) => conflict(Some(id)),
             Some(Holder::Reserved) => conflict(None),
             None => {
-                index.names.insert(name.clone(), Holder::Reserved);
+                index.names.give(name.clone(), Holder::Reserved);
                 Ok(Reservation {
                     registry: Arc::clone(self),
                     name: Some(name),
@@ -223,19 +295,13 @@ impl Registry {
         prefix: &str,
         count: u32,
     ) -> Result<Vec<Reservation>, EngineError> {
-        let mut taken = Vec::new();
-        let mut number = 0_u64;
-        while taken.len() < count as usize {
-            number += 1;
-            let name = format!("{prefix}-{number}");
-            let name = name
-                .parse()
-                .map_err(|reason| EngineError::Invalid(format!("no fork can be named `{name}`: {reason}")))?;
-            if let Ok(reservation) = self.reserve(name) {
-                taken.push(reservation);
-            }
-        }
-        Ok(taken)
+        // A name with a number in it is nobody's id, so only names can stand in the way.
+        let names = self.index().names.reserve_numbered(prefix, count)?;
+        let reservation = |name| Reservation {
+            registry: Arc::clone(self),
+            name: Some(name),
+        };
+        Ok(names.into_iter().map(reservation).collect())
     }
 
     fn index(&self) -> std::sync::MutexGuard<'_, Index> {
@@ -259,8 +325,9 @@ impl Reservation {
     }
 
     /// The instance is made: it holds the name from now on. Its lock is taken before anyone else can see it.
-    pub(crate) fn commit(mut self, id: InstanceId) -> (Arc<Slot>, OwnedRwLockWriteGuard<()>) {
-        let slot = Slot::new(id, self.name.take());
+    pub(crate) fn commit(mut self, metadata: &Metadata) -> (Arc<Slot>, OwnedRwLockWriteGuard<()>) {
+        let slot = Slot::of(metadata);
+        self.name = None;
         #[expect(clippy::expect_used, reason = "nobody else has the slot yet")]
         let guard = Arc::clone(&slot.lock)
             .try_write_owned()
@@ -272,7 +339,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
-            self.registry.index().names.remove(name);
+            self.registry.index().names.free(name);
         }
     }
 }

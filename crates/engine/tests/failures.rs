@@ -6,6 +6,7 @@
 mod armed;
 mod hostile;
 mod hot_pages;
+mod index;
 mod scripted;
 
 use std::fs;

@@ -107,6 +107,7 @@ async fn a_dead_armed_fork_is_skipped() {
     for process in house.processes() {
         kill(process);
     }
+    house.until_armed(0).await;
     let (fork, was_armed) = house.taken().await;
     assert_eq!((fork.state, was_armed), (State::Running, false));
     // What the dead ones left is gone, and others take their places.

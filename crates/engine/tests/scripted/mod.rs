@@ -179,7 +179,7 @@ impl Hypervisor for Scripted {
     }
 
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
-        self.log.lock().unwrap().push("stop".to_owned());
+        self.call("stop")?;
         Ok(process.terminate().await?)
     }
 }
