@@ -70,7 +70,10 @@ impl Engine {
         };
         let templates = engine.reconcile().await?;
         engine.watch_pressure();
-        templates.iter().for_each(|template| engine.refill(template));
+        for template in &templates {
+            engine.find_recording(template).await;
+            engine.refill(template);
+        }
         Ok(engine)
     }
 

@@ -104,6 +104,48 @@ impl Engine {
         Ok(())
     }
 
+    /// Waits again for the recording that an earlier server waited for: of a fork that still records, or that has left
+    /// its list meanwhile.
+    pub(crate) async fn find_recording(&self, template: &Arc<Slot>) {
+        let known = self
+            .read(&template.id)
+            .is_ok_and(|metadata| metadata.hot_pages_path.is_some());
+        let SnapshotFacts::Complete(manifest) = self.inner.store.snapshot(&template.id) else {
+            return;
+        };
+        if known {
+            return;
+        }
+        for fork in self.inner.registry.perhaps_forks(&template.id) {
+            if !self.records(&fork).await {
+                continue;
+            }
+            let Some(claim) = template.hot_list.claim(fork.id) else {
+                return;
+            };
+            if let Err(failed) = self.keep_recording(template, claim, &fork, manifest.memory_generation) {
+                tracing::warn!(instance = %fork.id, error = error_chain(&failed), "the recording of hot pages is not waited for");
+            }
+            return;
+        }
+    }
+
+    async fn records(&self, fork: &Slot) -> bool {
+        let dir = self.dir(&fork.id);
+        let Ok(metadata) = self.read(&fork.id) else {
+            return false;
+        };
+        let Ok(hypervisor) = self.hypervisor(&metadata.spec.hypervisor) else {
+            return false;
+        };
+        dir.recorded_hot_pages().exists()
+            || fork.vmm().is_some()
+                && hypervisor
+                    .page_counters(&dir)
+                    .await
+                    .is_ok_and(|pages| pages.get("recording") == Some(&1))
+    }
+
     async fn take_recording(
         &self,
         template: &Arc<Slot>,

@@ -1,6 +1,7 @@
 //! Who records the pages that a template's forks touch first, and who gets them.
 
 use std::fs;
+use std::path::Path;
 
 use inotify::{Inotify, WatchMask};
 use stencil_core::{InstanceId, MemoryGeneration};
@@ -12,9 +13,7 @@ use crate::scripted::House;
 impl House {
     /// As a VMM does when its recording closes: the list is renamed into place.
     pub(crate) fn close_recording(&self, fork: &Instance, list: &[u8]) {
-        let dir = self.metadata_path(&fork.id).parent().unwrap().to_owned();
-        fs::write(dir.join("being-written"), list).unwrap();
-        fs::rename(dir.join("being-written"), dir.join("hot-pages")).unwrap();
+        leave_list(self.metadata_path(&fork.id).parent().unwrap(), list);
     }
 
     /// Runs `event`, and returns when the record of the instance has been rewritten after it.
@@ -65,6 +64,12 @@ impl House {
             .await
             .unwrap()
     }
+}
+
+/// In the directory of an instance.
+fn leave_list(dir: &Path, list: &[u8]) {
+    fs::write(dir.join("being-written"), list).unwrap();
+    fs::rename(dir.join("being-written"), dir.join("hot-pages")).unwrap();
 }
 
 fn path_of(instance: &Instance) -> Option<std::path::PathBuf> {
@@ -201,6 +206,42 @@ async fn recording_anew_is_for_templates_and_leaves_it_to_the_next_fork() {
     assert_eq!(house.hypervisor.hot_pages(), ["recording", "recording"]);
     let refused = house.engine.record_hot_pages("warm-1").await.unwrap_err();
     assert!(matches!(refused, EngineError::Refused(_)), "{refused}");
+}
+
+#[tokio::test]
+async fn a_recording_that_is_open_while_the_server_restarts_is_taken_when_it_closes() {
+    let house = House::new().await;
+    house.template("warm").await;
+    let template = house.engine.get("warm").await.unwrap().id;
+    let recorder = house.fork().await;
+    let house = house.restart().await;
+    house.fork().await;
+    assert_eq!(house.hypervisor.hot_pages(), ["recording", "without hot pages"]);
+    let list = house.list(template);
+    house
+        .until_rewritten(template, || house.close_recording(&recorder, &list))
+        .await;
+    house.fork().await;
+    assert_eq!(house.hypervisor.hot_pages().last().unwrap(), "prefetching");
+}
+
+#[tokio::test]
+async fn a_recording_that_closed_while_no_server_was_there_is_taken() {
+    let house = House::new().await;
+    house.template("warm").await;
+    let template = house.engine.get("warm").await.unwrap().id;
+    let recorder = house.fork().await;
+    let (list, metadata) = (house.list(template), house.metadata_path(&template));
+    let dir = house.metadata_path(&recorder.id).parent().unwrap().to_owned();
+    let house = house.restart_after(|| leave_list(&dir, &list)).await;
+    let taken = async {
+        while !fs::read_to_string(&metadata).unwrap().contains("hot_pages_path") {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(crate::PATIENCE, taken).await.unwrap();
+    house.fork().await;
+    assert_eq!(house.hypervisor.hot_pages(), ["recording", "prefetching"]);
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,7 @@ pub(crate) struct Scripted {
     failing: Mutex<Option<(&'static str, u32)>>,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
+    recording: Mutex<HashSet<OsString>>,
     version: Mutex<Option<&'static str>>,
 }
 
@@ -157,6 +158,7 @@ impl Hypervisor for Scripted {
         if matches!(request.hot_pages, HotPages::Record) {
             assert_eq!(request.memory_mode, MemoryMode::Uffd);
             self.call("record")?;
+            self.recording.lock().unwrap().insert(key(dir));
         }
         assert_eq!(fs::read(request.snapshot.memory_ranges()).unwrap().len(), 8192);
         self.set(dir, VmPhase::Paused);
@@ -174,8 +176,9 @@ impl Hypervisor for Scripted {
         Ok(VmStatus { phase, end: None })
     }
 
-    async fn page_counters(&self, _: &InstanceDir) -> Result<PageCounters, VmmError> {
-        Ok(PageCounters::new())
+    async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {
+        let recording = self.recording.lock().unwrap().contains(&key(dir));
+        Ok([("recording".to_owned(), u64::from(recording))].into())
     }
 
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
@@ -234,7 +237,13 @@ impl House {
 
     /// The server dies and another one starts: nothing is kept but what is on disk and the VMMs.
     pub(crate) async fn restart(self) -> Self {
+        self.restart_after(|| ()).await
+    }
+
+    /// The same, and something happens while no server is there.
+    pub(crate) async fn restart_after(self, meanwhile: impl FnOnce()) -> Self {
         drop(self.engine);
+        meanwhile();
         let engine = open(&self.data, &self.hypervisor).await;
         Self { engine, ..self }
     }
