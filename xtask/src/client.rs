@@ -110,6 +110,10 @@ impl Client {
         )
     }
 
+    pub(crate) fn patch(&self, path: &str, body: Value) -> Result<Reply, ClientError> {
+        self.call(Method::PATCH, path, Body::Json(body))
+    }
+
     pub(crate) fn delete(&self, path: &str) -> Result<Reply, ClientError> {
         self.call(Method::DELETE, path, Body::Nothing)
     }

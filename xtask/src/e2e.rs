@@ -1,6 +1,7 @@
 //! End to end: every scenario drives the real binaries over HTTP, on a server and a data directory of its own, and
 //! ends with proof that nothing of it stays.
 
+mod armed;
 mod bad_input;
 mod console;
 mod continuity;
@@ -27,7 +28,7 @@ use crate::host::Host;
 use crate::report::{self, mark};
 use crate::{TaskError, build, setup};
 use failure::Failure;
-use world::World;
+use world::{Way, World};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -53,7 +54,7 @@ enum Outcome {
 }
 
 struct Tried {
-    name: &'static str,
+    name: String,
     outcome: Outcome,
     took: Duration,
 }
@@ -66,14 +67,11 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
         host.cpu, host.cores, host.kernel, host.kvm
     );
     let built = build::build()?;
-    let wanted = scenarios().into_iter().filter(|(name, _)| {
-        options
-            .filter
-            .as_deref()
-            .is_none_or(|text| name.to_lowercase().contains(&text.to_lowercase()))
-    });
-    let results: Vec<Tried> = wanted
-        .map(|scenario| try_one(scenario, &built, &options.hypervisor))
+    let filter = options.filter.as_deref().unwrap_or_default().to_lowercase();
+    let results: Vec<Tried> = scenarios()
+        .into_iter()
+        .filter(|planned| planned.name.to_lowercase().contains(&filter))
+        .map(|planned| try_one(planned, &built, &options.hypervisor))
         .collect();
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", json(&host, &results));
@@ -94,8 +92,16 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
     Ok(failed == 0)
 }
 
-fn scenarios() -> Vec<Scenario> {
-    [
+/// A scenario, and how it makes its forks.
+struct Planned {
+    name: String,
+    act: fn(&mut World) -> Result<(), Failure>,
+    way: Way,
+}
+
+/// All scenarios, and those that fork once more for each way to do it.
+fn scenarios() -> Vec<Planned> {
+    let all = [
         lifecycle::SCENARIOS,
         console::SCENARIOS,
         states::SCENARIOS,
@@ -108,14 +114,32 @@ fn scenarios() -> Vec<Scenario> {
         vcpus::SCENARIOS,
         memory::SCENARIOS,
         races::SCENARIOS,
+        armed::SCENARIOS,
         bad_input::SCENARIOS,
     ]
-    .concat()
+    .concat();
+    let forking = [continuity::SCENARIOS, forks::SCENARIOS].concat();
+    let planned = |scenarios: &[Scenario], way: Way, suffix: &str| {
+        let planned = scenarios.iter().map(|(name, act)| Planned {
+            name: format!("{name}{suffix}"),
+            act: *act,
+            way,
+        });
+        planned.collect::<Vec<_>>()
+    };
+    [
+        planned(&all, Way::Plain, ""),
+        planned(&forking, Way::Uffd, "; in uffd"),
+        planned(&forking, Way::Armed, "; armed"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
-fn try_one((name, act): Scenario, built: &build::Built, hypervisor: &str) -> Tried {
+fn try_one(Planned { name, act, way }: Planned, built: &build::Built, hypervisor: &str) -> Tried {
     let began = Instant::now();
-    let outcome = match World::new(built, hypervisor) {
+    let outcome = match World::new(built, hypervisor, way) {
         Err(failure) => Outcome::Failed(report::chain(&failure)),
         Ok(mut world) => match act(&mut world).and_then(|()| world.clear()) {
             Ok(()) => match world.finish() {

@@ -56,6 +56,7 @@ pub(crate) enum ServerError {
 #[derive(Debug)]
 pub(crate) struct Server {
     stencil: PathBuf,
+    options: &'static [&'static str],
     root: TempDir,
     log: Arc<Mutex<String>>,
     child: Option<Child>,
@@ -65,6 +66,11 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a server and waits until it answers.
     pub(crate) fn start(stencil: &Path) -> Result<Self, ServerError> {
+        Self::start_with(stencil, &[])
+    }
+
+    /// The same, with options of `stencil serve`.
+    pub(crate) fn start_with(stencil: &Path, options: &'static [&'static str]) -> Result<Self, ServerError> {
         let parent = std::env::temp_dir();
         let root = tempfile::Builder::new()
             .prefix("stencil-")
@@ -83,6 +89,7 @@ impl Server {
         let log = Arc::new(Mutex::new(String::new()));
         let mut server = Self {
             stencil: stencil.to_owned(),
+            options,
             root,
             log,
             child: None,
@@ -95,6 +102,7 @@ impl Server {
     /// Starts the server on the directory that it had before.
     pub(crate) fn start_again(&mut self) -> Result<(), ServerError> {
         let mut child = serve(&self.stencil, &self.data())
+            .args(self.options)
             // It can be found by its working directory, as its VMMs can.
             .current_dir(self.root.path())
             .stdout(Stdio::null())

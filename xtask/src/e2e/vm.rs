@@ -6,6 +6,7 @@ use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::failure::{Failure, answered, holds, refused, same};
+use super::world::Way;
 use crate::client::{Client, Reply};
 use crate::guest_console;
 
@@ -18,15 +19,17 @@ pub(super) struct Vm {
     dir: PathBuf,
     pub(super) id: String,
     pub(super) name: String,
+    way: Way,
 }
 
 impl Vm {
-    pub(super) fn new(client: Client, dir: PathBuf, id: String, name: String) -> Self {
+    pub(super) fn new(client: Client, dir: PathBuf, id: String, name: String, way: Way) -> Self {
         Self {
             client,
             dir,
             id,
             name,
+            way,
         }
     }
 
@@ -152,7 +155,7 @@ impl Vm {
     }
 
     pub(super) fn try_fork(&self, request: Value) -> Result<Reply, Failure> {
-        Ok(self.client.post(&self.path("/fork"), request)?)
+        Ok(self.client.post(&self.path("/fork"), self.way.request(request))?)
     }
 
     pub(super) fn fork(&self, request: Value) -> Result<Self, Failure> {
@@ -160,7 +163,9 @@ impl Vm {
     }
 
     pub(super) fn try_forks(&self, request: Value) -> Result<Reply, Failure> {
-        Ok(self.client.post(&self.path("/forks"), request)?)
+        Ok(self
+            .client
+            .post(&self.path("/forks"), self.way.request(request))?)
     }
 
     /// Asks for many forks at once, all of which have to work.
@@ -205,6 +210,7 @@ impl Vm {
             dir: self.dir.with_file_name(&id),
             id,
             name: text("name"),
+            way: self.way,
         })
     }
 }

@@ -23,11 +23,40 @@ pub(super) struct World {
     pub(super) stencil: PathBuf,
     pub(super) kernel: PathBuf,
     hypervisor: String,
+    way: Way,
+}
+
+/// How forks are made that do not say it themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// As the server does by default.
+    Plain,
+    /// With their memory served by userfaultfd.
+    Uffd,
+    /// From a pool of armed forks.
+    Armed,
+}
+
+impl Way {
+    /// A request for forks, made this way.
+    pub(super) fn request(self, mut request: Value) -> Value {
+        if self == Self::Uffd && request.get("memory_mode").is_none() {
+            request["memory_mode"] = json!("uffd");
+        }
+        request
+    }
+
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::Plain | Self::Uffd => &[],
+            Self::Armed => &["--armed", "4"],
+        }
+    }
 }
 
 impl World {
-    pub(super) fn new(built: &Built, hypervisor: &str) -> Result<Self, Failure> {
-        let server = Server::start(&built.stencil)?;
+    pub(super) fn new(built: &Built, hypervisor: &str, way: Way) -> Result<Self, Failure> {
+        let server = Server::start_with(&built.stencil, way.options())?;
         let client = server.client();
         Ok(Self {
             server,
@@ -35,6 +64,7 @@ impl World {
             stencil: built.stencil.clone(),
             kernel: built.guest.clone(),
             hypervisor: hypervisor.to_owned(),
+            way,
         })
     }
 
@@ -73,6 +103,7 @@ impl World {
                 self.server.instances().join(&id),
                 id,
                 name,
+                self.way,
             )),
             _ => Err(Failure::Unexpected {
                 what: "an instance".to_owned(),

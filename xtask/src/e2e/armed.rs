@@ -1,0 +1,228 @@
+//! Armed forks: prepared before they are asked for.
+
+use std::collections::HashSet;
+
+use rustix::process::Pid;
+use serde_json::{Value, json};
+
+use super::Scenario;
+use super::failure::{Failure, answered, holds, refused, same};
+use super::vm::Vm;
+use super::world::World;
+use crate::processes;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    (
+        "armed forks are taken, go on from the template, and are machines of their own",
+        taken,
+    ),
+    (
+        "armed forks are no instances, and a template with nothing else is demoted",
+        no_instances,
+    ),
+    ("a killed pool costs nobody a fork", killed_pool),
+    (
+        "a killed server leaves armed forks to the next one, which ends them and arms its own",
+        killed_server,
+    ),
+    (
+        "a server that ends in order takes its armed forks along",
+        ended_server,
+    ),
+    (
+        "a pool is made larger and smaller, and wrong sizes are refused",
+        resized,
+    ),
+    (
+        "24 forks at once from a pool of 8 all answer, and the pool is filled again",
+        more_than_armed,
+    ),
+];
+
+const PAGES: u64 = 256;
+/// Requests after which a pool has to be full; each takes a moment in which it fills.
+const LOOKS: usize = 20_000;
+
+/// A template with so many armed forks, whose hot pages are known.
+fn armed(world: &World, count: u64) -> Result<Vm, Failure> {
+    let template = world.running("warm")?;
+    template.count()?;
+    template.write(0, PAGES, 7)?;
+    template.act("standby")?;
+    let promoted = world
+        .client
+        .post(&template.path("/promote-template"), json!({"armed": count}))?;
+    same(
+        "how many are to be armed",
+        json!(count),
+        answered(200, promoted)?["armed"]["target"].clone(),
+    )?;
+    // The first one records, and on standby its recording closes.
+    let recorder = template.fork(json!({}))?;
+    recorder.hash(0, PAGES)?;
+    recorder.act("standby")?;
+    until(&template, "hot pages known", |shown| shown["hot_pages"] == true)?;
+    recorder.delete()?;
+    until_full(&template, count)?;
+    Ok(template)
+}
+
+fn until_full(template: &Vm, count: u64) -> Result<(), Failure> {
+    until(template, "a full pool", |shown| shown["armed"]["ready"] == count)
+}
+
+fn until(template: &Vm, what: &str, holds: impl Fn(&Value) -> bool) -> Result<(), Failure> {
+    let mut shown = Value::Null;
+    for _ in 0..LOOKS {
+        shown = template.show()?;
+        if holds(&shown) {
+            return Ok(());
+        }
+        std::thread::yield_now();
+    }
+    Err(Failure::Unexpected {
+        what: format!("{} after {LOOKS} looks", template.name),
+        expected: what.to_owned(),
+        found: shown.to_string(),
+    })
+}
+
+/// A fork, and whether it was taken from the pool.
+fn fork(world: &World, template: &Vm) -> Result<(Vm, bool), Failure> {
+    let made = answered(201, template.try_fork(json!({}))?)?;
+    let phases = made["timings"]["phases"].as_array().cloned().unwrap_or_default();
+    let was_armed = phases.iter().any(|phase| phase["name"] == "take");
+    Ok((world.vm(&made)?, was_armed))
+}
+
+/// The VMMs of the server that belong to no instance: the armed ones.
+fn armed_processes(world: &World) -> Result<Vec<Pid>, Failure> {
+    let instances: HashSet<i64> = world.list()?.iter().filter_map(|vm| vm["pid"].as_i64()).collect();
+    Ok(processes::working_below(&world.server.instances())
+        .into_iter()
+        .map(|process| process.pid)
+        .filter(|pid| !instances.contains(&i64::from(pid.as_raw_nonzero().get())))
+        .collect())
+}
+
+fn taken(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 2)?;
+    let hash = fork(world, &template)?.0.hash(0, PAGES)?;
+    let mut generations = HashSet::new();
+    for _ in 0..6 {
+        until_full(&template, 2)?;
+        let (fork, was_armed) = fork(world, &template)?;
+        holds(was_armed, "where the fork came from", "the pool", &fork.name)?;
+        same("its counter", 2, fork.count()?)?;
+        same("its memory", hash.clone(), fork.hash(0, PAGES)?)?;
+        let generation = fork.ask_for("generation", "generation")?;
+        same(
+            "the server's generation",
+            fork.text("generation")?,
+            generation.clone(),
+        )?;
+        holds(
+            generations.insert(generation.clone()),
+            "its generation",
+            "one of its own",
+            generation,
+        )?;
+        let pages = fork.show()?["pages"].clone();
+        holds(
+            pages["prefetched"].as_u64() >= Some(PAGES),
+            "its hot pages",
+            "there ahead",
+            pages.to_string(),
+        )?;
+    }
+    Ok(())
+}
+
+fn no_instances(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 3)?;
+    same("instances", 1, world.list()?.len())?;
+    same("live forks", json!(0), template.show()?["forks"]["count"].clone())?;
+    same("armed processes", 3, armed_processes(world)?.len())?;
+    template.act("demote-template")?;
+    same("armed processes after demote", 0, armed_processes(world)?.len())?;
+    template.act("restore")?;
+    same("its counter", 2, template.count()?)
+}
+
+fn killed_pool(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 4)?;
+    for round in 0..3 {
+        until_full(&template, 4)?;
+        for pid in armed_processes(world)? {
+            processes::kill(pid).map_err(|source| Failure::Unexpected {
+                what: "kill of an armed fork".to_owned(),
+                expected: "done".to_owned(),
+                found: source.to_string(),
+            })?;
+        }
+        let (fork, _) = fork(world, &template)?;
+        same(format!("the counter in round {round}"), 2, fork.count()?)?;
+    }
+    until_full(&template, 4)
+}
+
+fn killed_server(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 3)?;
+    let (fork, _) = fork(world, &template)?;
+    until_full(&template, 3)?;
+    let before: HashSet<Pid> = armed_processes(world)?.into_iter().collect();
+    world.server.kill9()?;
+    world.server.start_again()?;
+    until_full(&template, 3)?;
+    let after: HashSet<Pid> = armed_processes(world)?.into_iter().collect();
+    same("armed processes", 3, after.len())?;
+    holds(
+        before.is_disjoint(&after),
+        "the armed forks of the killed server",
+        "ended",
+        format!("{before:?} {after:?}"),
+    )?;
+    same("the counter of a fork that ran", 2, fork.count()?)
+}
+
+fn ended_server(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 3)?;
+    let (fork, _) = fork(world, &template)?;
+    world.server.terminate()?;
+    let left = processes::working_below(&world.server.instances());
+    same("VMMs without a server", 1, left.len())?;
+    world.server.start_again()?;
+    same("the counter of a fork that ran", 2, fork.count()?)?;
+    until_full(&template, 3)
+}
+
+fn resized(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 1)?;
+    let patch = |body: Value| world.client.patch(&template.path(""), body);
+    answered(200, patch(json!({"armed": 3}))?)?;
+    until_full(&template, 3)?;
+    let shown = answered(200, patch(json!({"armed": 1}))?)?;
+    same("armed", json!({"target": 1, "ready": 1}), shown["armed"].clone())?;
+    same("armed processes", 1, armed_processes(world)?.len())?;
+    for wrong in [json!({"armed": 5000}), json!({"armed": "many"}), json!({})] {
+        refused(400, "invalid_request", patch(wrong)?)?;
+    }
+    answered(200, patch(json!({"armed": null}))?)?;
+    same("armed processes", 0, armed_processes(world)?.len())?;
+    template.act("demote-template")?;
+    refused(409, "invalid_state", patch(json!({"armed": 1}))?).map(drop)
+}
+
+fn more_than_armed(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 8)?;
+    let forks = template.forks(24)?;
+    for fork in &forks {
+        same(format!("the counter of {}", fork.name), 2, fork.count()?)?;
+    }
+    until_full(&template, 8)?;
+    same(
+        "live forks",
+        json!(24),
+        template.show()?["forks"]["count"].clone(),
+    )
+}
