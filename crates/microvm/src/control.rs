@@ -223,7 +223,7 @@ impl Control {
             (Slot::Up(vm), _) if !vm.is_running() => {
                 let result = vm.resume();
                 match &result {
-                    Ok(()) => {}
+                    Ok(()) | Err(RunError::Start(_)) => {}
                     // A vCPU is lost with it.
                     Err(RunError::Thread(_)) => self.vm = Slot::down(vm.definition.clone()),
                     Err(RunError::MemoryLost(_)) => self.stop_vcpus(),

@@ -15,6 +15,12 @@
 //!
 //! So everything that makes up a paused VM is in one value in one thread, and can be saved, dropped or built again there.
 //!
+//! # A restored VM may wait
+//!
+//! `vm.restore` leaves the VM paused, for as long as its owner likes. What time passes through is kept as it was saved
+//! until `vm.resume`, and set then: kvmclock, TSCs, LAPICs, PIT, the vmclock page. The guest's own time goes on where the
+//! snapshot stopped, UTC is right, and the restore interrupt comes first.
+//!
 //! # What the guest finds
 //!
 //! | address | what |
@@ -24,7 +30,7 @@
 //! | gpa 0x9f000 | vmclock page ([`stencil_vmm_api::VMCLOCK_GPA`]) |
 //! | gpa 0xf0000 | MP table (Intel MultiProcessor Specification 1.4): the vCPUs and the IOAPIC |
 //! | port 0x3f8, GSI 4 | 16550 serial port |
-//! | GSI 5 | pulsed after each restore ([`stencil_vmm_api::RESTORE_GSI`]) |
+//! | GSI 5 | pulsed before the first run after each restore ([`stencil_vmm_api::RESTORE_GSI`]) |
 //! | port 0x600 | writing 0x34 powers off, 1 resets (Cloud Hypervisor's ACPI shutdown device) |
 //! | port 0x64 | writing 0xfe resets (i8042) |
 //! | in KVM | PIC, IOAPIC, LAPICs, PIT, kvmclock |
@@ -71,6 +77,7 @@ mod serial;
 mod server;
 mod snapshot;
 mod socket;
+mod start;
 mod state;
 mod status;
 mod transfer;

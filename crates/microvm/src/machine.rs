@@ -105,14 +105,19 @@ impl Machine {
         })
     }
 
-    /// Restores it, when the vCPUs have their state: the IOAPIC looks at their LAPICs.
-    pub(crate) fn restore(&self, state: &MachineState) -> Result<(), MachineError> {
+    /// Restores the interrupt controllers and the timer, which counts from now on; when the vCPUs have their state, as
+    /// the IOAPIC looks at their LAPICs.
+    pub(crate) fn start_chips(&self, state: &MachineState) -> Result<(), MachineError> {
         for chip in [&state.pic_master, &state.pic_slave, &state.ioapic] {
             self.vm.set_irqchip(&chip.0).map_err(ioctl("KVM_SET_IRQCHIP"))?;
         }
-        self.vm.set_pit2(&state.pit.0).map_err(ioctl("KVM_SET_PIT2"))?;
+        self.vm.set_pit2(&state.pit.0).map_err(ioctl("KVM_SET_PIT2"))
+    }
+
+    /// Lets the guest's own time go on, from now, where it stopped.
+    pub(crate) fn start_clock(&self, state: &MachineState) -> Result<(), MachineError> {
         if let Some(clock) = &state.clock {
-            // Only the guest's own time: it goes on where it stopped. The flags that KVM_GET_CLOCK sets are no input.
+            // Only the guest's own time. The flags that KVM_GET_CLOCK sets are no input.
             let clock = kvm_clock_data {
                 clock: clock.0.clock,
                 ..Default::default()

@@ -1,4 +1,4 @@
-//! Building a VM from a snapshot, paused.
+//! Building a VM from a snapshot, paused. What time passes through follows when it runs first: see [`crate::start`].
 
 use std::fs;
 use std::io;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use stencil_vmm_api::{RESTORE_GSI, RestoreRequest, VmConfig};
+use stencil_vmm_api::{RestoreRequest, VmConfig};
 
 use crate::counters::{Counters, RestoreTimes};
 use crate::definition::{Definition, DefinitionError};
@@ -14,9 +14,10 @@ use crate::identity::{Generation, GenerationError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryRange, layout};
 use crate::restored_memory::{MemoryPlan, RestoredMemoryError};
+use crate::start::Saved;
 use crate::state::{CONFIG, MEMORY, STATE, STATE_VERSION, StateHeader, VmState};
 use crate::vcpu::Vcpu;
-use crate::vcpu_state::VcpuStateError;
+use crate::vcpu_state::{VcpuState, VcpuStateError};
 use crate::vm::{BuildError, MicroVm, Parts, Surroundings};
 
 /// The snapshot cannot be restored.
@@ -97,7 +98,7 @@ pub(crate) fn restore(
 
     let vm = build(
         definition,
-        &state,
+        state,
         machine_id,
         ram,
         counters,
@@ -119,7 +120,7 @@ pub(crate) fn restore(
 /// Builds it around its memory, of which what the guest needs first is there when this returns.
 fn build(
     definition: Definition,
-    state: &VmState,
+    state: VmState,
     machine_id: Option<Generation>,
     ram: GuestRam,
     counters: Arc<Counters>,
@@ -131,12 +132,11 @@ fn build(
     times.machine = phase.elapsed();
 
     let phase = Instant::now();
-    let vcpus = vcpus(&machine, state)?;
+    let vcpus = vcpus(&machine, &state.vcpus)?;
     times.vcpus = phase.elapsed();
 
     let phase = Instant::now();
-    machine.restore(&state.machine)?;
-    let identity = state.identity.clone().restored(machine_id);
+    let identity = state.identity.restored(machine_id);
     let parts = Parts {
         definition,
         ram,
@@ -145,8 +145,11 @@ fn build(
         identity,
         counters,
     };
-    let vm = parts.assemble(state.devices.serial.as_ref(), surroundings)?;
-    vm.machine.pulse(RESTORE_GSI)?;
+    let saved = Saved {
+        machine: state.machine,
+        vcpus: state.vcpus,
+    };
+    let vm = parts.assemble(state.devices.serial.as_ref(), Some(saved), surroundings)?;
     times.devices = phase.elapsed();
 
     let phase = Instant::now();
@@ -200,16 +203,15 @@ fn parse_state(path: &Path, text: &[u8]) -> Result<VmState, RestoreError> {
     parsed.map_err(|error| RestoreError::Json(path.to_owned(), error))
 }
 
-fn vcpus(machine: &Machine, state: &VmState) -> Result<Vec<Vcpu>, RestoreError> {
-    let mut vcpus = Vec::with_capacity(state.vcpus.len());
-    for (index, saved) in (0..).zip(&state.vcpus) {
+fn vcpus(machine: &Machine, states: &[VcpuState]) -> Result<Vec<Vcpu>, RestoreError> {
+    let mut vcpus = Vec::with_capacity(states.len());
+    for (index, saved) in (0..).zip(states) {
         let failed = |source| RestoreError::Vcpu { index, source };
         let cpuid = saved.cpuid().map_err(failed)?;
         let fd = machine.create_vcpu(index, &cpuid)?;
         vcpus.push(Vcpu { index, fd, cpuid });
     }
-    // All exist before the first has its state: a LAPIC's messages may go to any.
-    for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+    for (vcpu, saved) in vcpus.iter().zip(states) {
         saved.restore(&vcpu.fd).map_err(|source| RestoreError::Vcpu {
             index: vcpu.index,
             source,

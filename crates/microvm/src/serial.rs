@@ -148,6 +148,17 @@ impl Serial {
         Arc::clone(&self.room)
     }
 
+    /// Raises its interrupt if one is pending: for interrupt controllers that were set since it was raised.
+    pub(crate) fn raise_again(&self) -> Result<(), SerialError> {
+        let port = locked(&self.port);
+        // Bit 0 of the interrupt identification: none is pending.
+        if port.uart.state().interrupt_identification & 1 == 0 {
+            let line = port.uart.interrupt_evt();
+            line.trigger().map_err(SerialError::Interrupt)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn save(&self) -> SerialState {
         let port = locked(&self.port);
         SerialState::of(port.uart.state(), port.waiting.iter().copied().collect())

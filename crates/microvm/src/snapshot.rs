@@ -13,6 +13,7 @@ use crate::VERSION;
 use crate::machine::MachineError;
 use crate::memory::{GuestRam, MemoryRange, PAGE_BYTES};
 use crate::pagemap;
+use crate::start::Saved;
 use crate::state::{CONFIG, DeviceStates, MEMORY, STATE, STATE_VERSION, VmState};
 use crate::vcpu::Vcpu;
 use crate::vcpu_state::{VcpuState, VcpuStateError, msr_candidates};
@@ -80,7 +81,25 @@ pub(crate) fn write(vm: &MicroVm, vcpus: &[Vcpu], directory: &Path) -> Result<()
     if !is_empty {
         return Err(SnapshotError::NotEmpty(directory.to_owned()));
     }
-    let state = save(vm, vcpus)?;
+    let now;
+    let Saved { machine, vcpus } = match &vm.unstarted {
+        Some(saved) => saved,
+        None => {
+            now = save(vm, vcpus)?;
+            &now
+        }
+    };
+    let state = VmState {
+        version: STATE_VERSION,
+        vmm: format!("stencil-microvm {VERSION}"),
+        memory_ranges: vm.ram.ranges().map(|mapped| mapped.range).collect(),
+        identity: vm.identity.clone(),
+        machine,
+        vcpus,
+        devices: DeviceStates {
+            serial: vm.ports.serial.as_ref().map(|serial| serial.save()),
+        },
+    };
     let mut files = NewFiles {
         directory,
         made: Vec::new(),
@@ -94,7 +113,8 @@ pub(crate) fn write(vm: &MicroVm, vcpus: &[Vcpu], directory: &Path) -> Result<()
     Ok(())
 }
 
-fn save(vm: &MicroVm, vcpus: &[Vcpu]) -> Result<VmState, SnapshotError> {
+/// What KVM has.
+fn save(vm: &MicroVm, vcpus: &[Vcpu]) -> Result<Saved, SnapshotError> {
     let msrs = msr_candidates(&vm.machine.kvm).map_err(SnapshotError::Msrs)?;
     let vcpus = vcpus
         .iter()
@@ -107,16 +127,9 @@ fn save(vm: &MicroVm, vcpus: &[Vcpu]) -> Result<VmState, SnapshotError> {
             })
         })
         .collect::<Result<_, _>>()?;
-    Ok(VmState {
-        version: STATE_VERSION,
-        vmm: format!("stencil-microvm {VERSION}"),
-        memory_ranges: vm.ram.ranges().map(|mapped| mapped.range).collect(),
-        identity: vm.identity.clone(),
+    Ok(Saved {
         machine: vm.machine.save()?,
         vcpus,
-        devices: DeviceStates {
-            serial: vm.ports.serial.as_ref().map(|serial| serial.save()),
-        },
     })
 }
 

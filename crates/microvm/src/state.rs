@@ -16,9 +16,9 @@ pub(crate) const MEMORY: &str = "memory-ranges";
 /// The version of the format that is written, and the only one that is read.
 pub(crate) const STATE_VERSION: u32 = 1;
 
-/// The content of state.json.
+/// The content of state.json; to be written, with references for `M` and `V`.
 #[derive(Serialize, Deserialize)]
-pub(crate) struct VmState {
+pub(crate) struct VmState<M = MachineState, V = Vec<VcpuState>> {
     /// [`STATE_VERSION`].
     pub(crate) version: u32,
     /// Which VMM wrote it, such as `stencil-microvm 0.1.0`.
@@ -26,8 +26,8 @@ pub(crate) struct VmState {
     /// Where the contents of memory-ranges belong; they lie in it one after the other.
     pub(crate) memory_ranges: Vec<MemoryRange>,
     pub(crate) identity: Identity,
-    pub(crate) machine: MachineState,
-    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) machine: M,
+    pub(crate) vcpus: V,
     pub(crate) devices: DeviceStates,
 }
 

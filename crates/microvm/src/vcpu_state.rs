@@ -1,4 +1,5 @@
-//! A vCPU's state: saved from, and restored to, a vCPU that does not run.
+//! A vCPU's state: saved from, and restored to, a vCPU that does not run. What time passes through is restored apart
+//! from the rest, when the vCPU is about to run.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
@@ -13,8 +14,10 @@ use crate::raw::Raw;
 const MSR_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: it means nothing before the TSC and the LAPIC's timer mode are there.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: being set, KVM writes to guest memory when its clock was 0.
+const MSR_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
-/// Everything of a vCPU, in the order in which it is restored.
+/// Everything of a vCPU.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct VcpuState {
     cpuid: Vec<Raw<kvm_cpuid_entry2>>,
@@ -35,6 +38,13 @@ pub(crate) struct VcpuState {
 struct Msr {
     index: u32,
     data: u64,
+}
+
+impl Msr {
+    /// Whether what it says, or what setting it does, depends on when it is set.
+    fn is_time(&self) -> bool {
+        matches!(self.index, MSR_TSC | MSR_TSC_DEADLINE) || MSR_WALL_CLOCK.contains(&self.index)
+    }
 }
 
 /// A vCPU's state cannot be saved or restored.
@@ -90,7 +100,7 @@ impl VcpuState {
         CpuId::from_entries(&entries).map_err(|_| VcpuStateError::TooMany("CPUID entries"))
     }
 
-    /// Restores it to `vcpu`, a new one whose CPUID is set.
+    /// Restores to `vcpu`, a new one whose CPUID is set, all that does not change while it waits to run.
     pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
         self.restore_tsc_khz(vcpu)?;
         vcpu.set_sregs(&self.sregs.0).map_err(ioctl("KVM_SET_SREGS"))?;
@@ -103,10 +113,32 @@ impl VcpuState {
             .map_err(ioctl("KVM_SET_DEBUGREGS"))?;
         vcpu.set_vcpu_events(&self.events.0)
             .map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
-        vcpu.set_lapic(&self.lapic.0).map_err(ioctl("KVM_SET_LAPIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        let timeless: Vec<_> = self.msrs.iter().copied().filter(|msr| !msr.is_time()).collect();
+        write_msrs(vcpu, &timeless)?;
         vcpu.set_mp_state(self.mp_state.0)
             .map_err(ioctl("KVM_SET_MP_STATE"))
+    }
+
+    /// To be called for the first of the vCPUs, before any is started.
+    ///
+    /// A counter that is set to within a second of what it would be by the last that was set in this VM, KVM takes for
+    /// an attempt to make the two agree, and lets it go on as the last (`kvm_synchronize_tsc`, Linux arch/x86/kvm/x86.c).
+    /// That is how the others agree with the first; but the last before the first was 0, when the vCPU was made. A
+    /// counter that is far away from either breaks it off.
+    pub(crate) fn detach_tsc(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+        let saved = self.msrs.iter().find(|msr| msr.index == MSR_TSC);
+        let far = saved.map(|msr| Msr {
+            data: msr.data.wrapping_add(1 << 62),
+            ..*msr
+        });
+        write_msrs(vcpu, far.as_slice())
+    }
+
+    /// Restores the rest to `vcpu`, which runs next: from now on its counter counts, and its timers are set.
+    pub(crate) fn start(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+        vcpu.set_lapic(&self.lapic.0).map_err(ioctl("KVM_SET_LAPIC"))?;
+        let time: Vec<_> = self.msrs.iter().copied().filter(Msr::is_time).collect();
+        write_msrs(vcpu, &time)
     }
 
     /// Scales the counter where this host's runs at another frequency.

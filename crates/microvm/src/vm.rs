@@ -3,7 +3,6 @@
 use std::io;
 use std::mem;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::Error as KvmError;
@@ -18,15 +17,15 @@ use crate::counters::Counters;
 use crate::cpuid;
 use crate::definition::Definition;
 use crate::events::Events;
-use crate::identity::{ClockReading, Identity};
+use crate::identity::Identity;
 use crate::kernel::LoadError;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::ports::Ports;
 use crate::registers::EntryError;
 use crate::serial::{GSI as SERIAL_GSI, Serial, SerialError, SerialState};
+use crate::start::{IntroduceError, Saved, StartError, introduce};
 use crate::vcpu::{Run, Vcpu, VcpuThread, stop_all};
-use crate::vcpu_state::{VcpuStateError, read_tsc};
 
 /// IA32_MTRR_DEF_TYPE: MTRRs on, write-back. Firmware would have set it, and Linux wants it.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -52,10 +51,6 @@ pub(crate) enum BuildError {
     Console(#[from] ConsoleError),
     #[error("the serial port cannot be made")]
     Serial(#[from] SerialError),
-    #[error("the guest's clock cannot be read")]
-    Clock(#[source] VcpuStateError),
-    #[error("the generation page and the vmclock page cannot be written")]
-    Identity(#[source] io::Error),
 }
 
 /// The VM cannot boot.
@@ -72,6 +67,8 @@ pub(crate) enum BootError {
     #[error("the first vCPU cannot be made ready")]
     Entry(#[from] EntryError),
     #[error(transparent)]
+    Introduce(#[from] IntroduceError),
+    #[error(transparent)]
     Run(#[from] RunError),
 }
 
@@ -87,6 +84,9 @@ pub(crate) enum RunError {
     /// A vCPU is lost with it.
     #[error("a thread for a vCPU cannot be started")]
     Thread(#[source] io::Error),
+    /// It may be tried again.
+    #[error("the restored VM cannot start")]
+    Start(#[source] StartError),
     /// The guest is over.
     #[error("the guest's memory is lost")]
     MemoryLost(#[source] Arc<Fatal>),
@@ -102,6 +102,8 @@ pub(crate) struct MicroVm {
     pub(crate) identity: Identity,
     pub(crate) machine: Machine,
     pub(crate) ram: GuestRam,
+    /// What a restored VM still needs before it runs for the first time.
+    pub(crate) unstarted: Option<Saved>,
     surroundings: Surroundings,
 }
 
@@ -140,6 +142,7 @@ impl MicroVm {
         }
         let counters = Arc::new(Counters::new(u32::from(definition.vcpus)));
         let identity = Identity::at_boot(definition.generation);
+        introduce(&identity, &vcpus, &ram)?;
         let parts = Parts {
             definition,
             ram,
@@ -148,7 +151,7 @@ impl MicroVm {
             identity,
             counters,
         };
-        Ok(parts.assemble(None, surroundings)?)
+        Ok(parts.assemble(None, None, surroundings)?)
     }
 
     /// Whether the vCPUs run.
@@ -163,6 +166,7 @@ impl MicroVm {
 
     /// Lets the vCPUs run; nothing where they do.
     pub(crate) fn resume(&mut self) -> Result<(), RunError> {
+        self.start()?;
         self.ram.resume().map_err(RunError::MemoryLost)?;
         let vcpus = match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
             Vcpus::Paused(vcpus) => vcpus,
@@ -190,6 +194,24 @@ impl MicroVm {
         }
         self.vcpus = Vcpus::Running { run, threads };
         Ok(())
+    }
+
+    /// Makes a restored VM ready for its first run; nothing where it has run.
+    fn start(&mut self) -> Result<(), RunError> {
+        let (Some(saved), Vcpus::Paused(vcpus)) = (&self.unstarted, &self.vcpus) else {
+            return Ok(());
+        };
+        match saved.start(&self.machine, vcpus, &self.ports, &self.identity, &self.ram) {
+            Ok(()) => {
+                self.unstarted = None;
+                Ok(())
+            }
+            // A page that is lost fails one step or another, and none of them knows why.
+            Err(error) => Err(match self.ram.lost() {
+                Some(fatal) => RunError::MemoryLost(fatal),
+                None => RunError::Start(error),
+            }),
+        }
     }
 
     /// Stops the vCPUs. `Some`: the guest has ended meanwhile, and why.
@@ -228,10 +250,11 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// Adds the devices, new or as saved, and tells the guest who it is.
+    /// Adds the devices, new or as saved.
     pub(crate) fn assemble(
         self,
         serial: Option<&SerialState>,
+        unstarted: Option<Saved>,
         surroundings: Surroundings,
     ) -> Result<MicroVm, BuildError> {
         let Self {
@@ -257,18 +280,6 @@ impl Parts {
                 .map(|socket| socket.serve(&port, &surroundings.runtime));
             (Some(port), console)
         };
-        if let Some(first) = vcpus.first() {
-            let tsc = read_tsc(&first.fd).map_err(BuildError::Clock)?;
-            let utc = SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .unwrap_or_default();
-            let clock = ClockReading {
-                tsc,
-                utc,
-                tsc_khz: first.fd.get_tsc_khz().ok(),
-            };
-            identity.write(&ram, clock).map_err(BuildError::Identity)?;
-        }
         Ok(MicroVm {
             definition,
             vcpus: Vcpus::Paused(vcpus),
@@ -278,6 +289,7 @@ impl Parts {
             identity,
             machine,
             ram,
+            unstarted,
             surroundings,
         })
     }

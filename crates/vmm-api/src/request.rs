@@ -9,7 +9,7 @@ pub struct SnapshotRequest {
     pub destination_url: String,
 }
 
-/// Body of `vm.restore`. The VM is left paused unless `resume`.
+/// Body of `vm.restore`. The VM is left paused unless `resume`; no time passes in its guest until it runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
     /// `file://` and the absolute path of a directory that `vm.snapshot` wrote.

@@ -24,6 +24,7 @@ global_asm!(
     .set IDT, 0x210000
     .set SCRATCH, 0x1000000
     .set TRAMPOLINE, 0x8000
+    .set PVCLOCK, 0x211000
 
     .globl test_guest_start
 test_guest_start:
@@ -187,8 +188,20 @@ tg_loop:
     je tg_second
     cmpb $'A', %al
     je tg_second_answers
+    cmpb $'S', %al
+    je tg_second_ticks
     cmpb $'b', %al
     je tg_busy
+    cmpb $'T', %al
+    je tg_ticks
+    cmpb $'K', %al
+    je tg_kvmclock
+    cmpb $'l', %al
+    je tg_timer
+    cmpb $'L', %al
+    je tg_timer_left
+    cmpb $'n', %al
+    je tg_notices
     cmpb $'t', %al
     je tg_triple
     cmpb $'o', %al
@@ -326,6 +339,50 @@ tg_second_answers:
     leaq tg_second_text(%rip), %rsi
     call tg_print
     jmp tg_loop
+# What the second vCPU's time stamp counter was when it answered.
+tg_second_ticks:
+    movq $(TRAMPOLINE + 0x808), %rsi
+    movl $8, %ecx
+    jmp tg_hex
+# The time stamp counter.
+tg_ticks:
+    rdtsc
+    movl %eax, tg_total(%rip)
+    movl %edx, tg_total+4(%rip)
+    leaq tg_total(%rip), %rsi
+    movl $8, %ecx
+    jmp tg_hex
+# kvmclock, in nanoseconds: being told where (MSR_KVM_SYSTEM_TIME_NEW), KVM writes it there before it enters again.
+tg_kvmclock:
+    movl $0x4b564d01, %ecx
+    movl $(PVCLOCK + 1), %eax
+    xorl %edx, %edx
+    wrmsr
+    inb $0x80, %al
+    movq $(PVCLOCK + 16), %rsi
+    movl $8, %ecx
+    jmp tg_hex
+# The LAPIC's timer: once, without an interrupt, from the largest count, of 128 ns each.
+tg_timer:
+    movl $0xfee00000, %edi
+    movl $0x1ff, 0xf0(%rdi)
+    movl $0x10040, 0x320(%rdi)
+    movl $0xa, 0x3e0(%rdi)
+    movl $0xffffffff, 0x380(%rdi)
+    jmp tg_loop
+tg_timer_left:
+    movl $0xfee00000, %edi
+    movl 0x390(%rdi), %eax
+    movl %eax, tg_total(%rip)
+    movl $0, tg_total+4(%rip)
+    leaq tg_total(%rip), %rsi
+    movl $8, %ecx
+    jmp tg_hex
+# How many restore interrupts there were.
+tg_notices:
+    leaq tg_restores(%rip), %rsi
+    movl $8, %ecx
+    jmp tg_hex
 tg_busy:
     leaq tg_busy_text(%rip), %rsi
     call tg_print
@@ -403,6 +460,7 @@ tg_gate:
     ret
 tg_irq5:
     movb $1, tg_restored(%rip)
+    incq tg_restores(%rip)
 tg_irq4:
     pushq %rax
     movb $0x20, %al
@@ -420,6 +478,9 @@ tg_trampoline:
 8:  pause
     cmpb $1, TRAMPOLINE + 0x801
     jne 8b
+    rdtsc
+    movl %eax, TRAMPOLINE + 0x808
+    movl %edx, TRAMPOLINE + 0x80c
     movb $1, TRAMPOLINE + 0x802
 9:  hlt
     jmp 9b
@@ -427,6 +488,7 @@ tg_trampoline_end:
     .code64
 
 tg_total: .quad 0
+tg_restores: .quad 0
 tg_counter: .byte 0
 tg_restored: .byte 0
 tg_ready: .asciz "ready\n"

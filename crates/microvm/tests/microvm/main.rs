@@ -14,3 +14,4 @@ mod replies;
 mod served;
 mod snapshots;
 mod vmm;
+mod waits;
