@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
 use stencil_vmm_api::VmCounters;
 
 use crate::page_figures::PageFigures;
@@ -21,7 +22,50 @@ pub(crate) struct Counters {
     pub(crate) clients_dropped: AtomicU64,
     /// How long the restore took; empty in a VM that was booted.
     pub(crate) restore: OnceLock<RestoreTimes>,
+    /// When the guest first ran.
+    pub(crate) run: FirstRun,
     pages: OnceLock<Arc<PageFigures>>,
+}
+
+/// When a VM first ran since its boot or restore, in nanoseconds of CLOCK_MONOTONIC; 0 before.
+#[derive(Default)]
+pub(crate) struct FirstRun {
+    resume: AtomicU64,
+    exit: AtomicU64,
+}
+
+impl FirstRun {
+    /// A vCPU is about to enter the guest.
+    pub(crate) fn resumed(&self) {
+        note(&self.resume);
+    }
+
+    /// A vCPU has left the guest on the guest's account.
+    pub(crate) fn exited(&self) {
+        note(&self.exit);
+    }
+
+    fn read(&self) -> BTreeMap<String, u64> {
+        [("first_resume_ns", &self.resume), ("first_exit_ns", &self.exit)]
+            .into_iter()
+            .map(|(name, time)| (name.to_owned(), time.load(Relaxed)))
+            .filter(|(_, time)| *time != 0)
+            .collect()
+    }
+}
+
+/// Keeps the time at the first call; later ones only look.
+fn note(first: &AtomicU64) {
+    if first.load(Relaxed) == 0 {
+        let now = clock_gettime(ClockId::Monotonic);
+        let now = Duration::try_from(now).unwrap_or_default();
+        // Where another vCPU was first, its time stays.
+        let _ = first.compare_exchange(0, nanoseconds(now), Relaxed, Relaxed);
+    }
+}
+
+pub(crate) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// How long each phase of a restore took.
@@ -65,6 +109,7 @@ impl Counters {
             serial_in: AtomicU64::new(0),
             clients_dropped: AtomicU64::new(0),
             restore: OnceLock::new(),
+            run: FirstRun::default(),
             pages: OnceLock::new(),
         }
     }
@@ -85,6 +130,7 @@ impl Counters {
             ("clients_dropped", self.clients_dropped.load(Relaxed)),
         ];
         all.insert("serial".to_owned(), device(serial));
+        all.insert("run".to_owned(), self.run.read());
         if let Some(times) = self.restore.get() {
             all.insert("restore".to_owned(), device(times.microseconds()));
         }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
 
 use stencil_uffd::{Counters, Fatal, PageServer, Populated};
 
+use crate::counters::nanoseconds;
 use crate::locked::locked;
 
 /// The figures of one VM. They may be read on any thread; all else is for the thread that owns the VM.
@@ -19,6 +19,7 @@ pub(crate) struct PageFigures {
 struct State {
     came: Came,
     prefetch_ignored: bool,
+    recording: bool,
     recorded: u64,
 }
 
@@ -45,8 +46,15 @@ impl PageFigures {
         locked(&self.state).came = Came::Populated(pages);
     }
 
-    pub(crate) fn recorded(&self, pages: u64) {
-        locked(&self.state).recorded = pages;
+    pub(crate) fn recording(&self) {
+        locked(&self.state).recording = true;
+    }
+
+    /// The recording is over: so many pages are in the list, or there is none.
+    pub(crate) fn recorded(&self, pages: Option<u64>) {
+        let mut state = locked(&self.state);
+        state.recording = false;
+        state.recorded = pages.unwrap_or(0);
     }
 
     /// Notes that a page cannot be had; the first is the reason for all else.
@@ -67,6 +75,7 @@ impl PageFigures {
         let mut state = locked(&self.state);
         if let Came::Served(server) = &state.came {
             state.came = Came::WereServed(Box::new(server.counters()));
+            state.recording = false;
         }
     }
 
@@ -90,6 +99,7 @@ impl PageFigures {
             Came::Served(server) => &server.counters(),
             Came::WereServed(counters) => counters,
         };
+        put("recording", u64::from(state.recording));
         put("recorded", state.recorded);
         put("demand_faults", served.demand_faults);
         put("write_protect_faults", served.write_protect_faults);
@@ -108,8 +118,4 @@ impl PageFigures {
         }
         all
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

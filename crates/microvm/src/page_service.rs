@@ -1,7 +1,7 @@
 //! Guest memory that comes page by page, as it is touched or just before: the page server of one VM.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -93,6 +93,9 @@ impl PageService {
             notify,
         )?);
         figures.begin(&server);
+        if recording.is_some() {
+            figures.recording();
+        }
         Ok(Self {
             server,
             source,
@@ -130,19 +133,26 @@ impl PageService {
         let Some(Recording { path, .. }) = self.recording.take_if(|recording| recording.has_run) else {
             return;
         };
-        let Some(mut recording) = self.server.take_recording() else {
-            return;
-        };
+        let recording = self.server.take_recording();
+        let saved = recording.and_then(|recording| self.save(recording, &path));
+        self.figures.recorded(saved);
+    }
+
+    /// Writes the list; says how many pages are in it.
+    fn save(&self, mut recording: stencil_uffd::Recording, path: &Path) -> Option<u64> {
         // A page that cannot be compared counts as it was recorded.
         recording.keep_written(|gpa| self.differs(gpa).unwrap_or(true));
         let hot = recording.hot_pages();
-        match hot.save(&path) {
+        match hot.save(path) {
             Ok(()) => {
-                self.figures.recorded(hot.pages());
                 let (pages, closed) = (hot.pages(), recording.closed);
                 tracing::info!(path = %path.display(), pages, ?closed, "hot pages recorded");
+                Some(pages)
             }
-            Err(error) => tracing::error!("hot pages are not recorded: {}", error_chain(&error)),
+            Err(error) => {
+                tracing::error!("hot pages are not recorded: {}", error_chain(&error));
+                None
+            }
         }
     }
 }

@@ -101,6 +101,7 @@ impl Vcpu {
         if run.should_stop() {
             return None;
         }
+        run.counters.run.resumed();
         loop {
             let step = enter(target.0, run);
             exits.fetch_add(1, Ordering::Relaxed);
@@ -130,7 +131,13 @@ enum Step {
 
 fn enter(vcpu: &mut VcpuFd, run: &Run) -> Step {
     let exit = match vcpu.run() {
-        Ok(exit) => exit,
+        Ok(exit) => {
+            // Neither of the two proves that the guest has executed anything.
+            if !matches!(exit, VcpuExit::Intr | VcpuExit::FailEntry(..)) {
+                run.counters.run.exited();
+            }
+            exit
+        }
         Err(error) => match error.errno() {
             libc::EINTR => return Step::Interrupted,
             // A vCPU that waited for INIT or SIPI was woken.

@@ -88,4 +88,9 @@ impl VmEndKind {
 }
 
 /// Reply of `vm.counters`: per device, counters by name.
+///
+/// Of the microVM's: `run` has `first_resume_ns`, the CLOCK_MONOTONIC in nanoseconds at which a vCPU was first let run
+/// since the boot or restore, and `first_exit_ns`, when one first came back on the guest's account, which proves that
+/// the guest has executed; each is absent until then. `pages`, of a VM whose memory is served, has `recording`: 1 while
+/// a recording of hot pages is open, 0 when its list is there.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;

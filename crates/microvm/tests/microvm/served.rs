@@ -61,9 +61,11 @@ fn recorded(snapshot: &Path) -> (Vmm, PathBuf) {
         "vm.restore",
         &request(snapshot, "Uffd", &json!({"record_hot_pages": list})),
     );
+    assert_eq!(pages(&vmm, "recording"), 1);
     vmm.done("vm.resume", &Value::Null);
     vmm.ask("+4", &sum(4));
     vmm.done("vm.pause", &Value::Null);
+    assert_eq!(pages(&vmm, "recording"), 0);
     (vmm, list)
 }
 

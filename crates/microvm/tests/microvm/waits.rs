@@ -194,6 +194,29 @@ fn input_that_comes_while_a_restored_vm_waits_is_read_when_it_runs() {
 }
 
 #[test]
+fn the_counters_say_when_a_vm_first_ran_and_only_once_it_has() {
+    let source = Vmm::booted(64 * MIB);
+    let vmm = Vmm::restored(&source.snapshot("s"), "Cow", None);
+    let ran = |vmm: &Vmm| vmm.get("vm.counters").body["run"].take();
+    let now = || {
+        let now = clock_gettime(ClockId::Monotonic);
+        u64::try_from(now.tv_sec * 1_000_000_000 + now.tv_nsec).ok()
+    };
+    assert_eq!(ran(&vmm), json!({}));
+    let earliest = now();
+    vmm.done("vm.resume", &Value::Null);
+    vmm.wait_for("restored\n");
+    let latest = now();
+    let first = ran(&vmm);
+    let (resume, exit) = (first["first_resume_ns"].as_u64(), first["first_exit_ns"].as_u64());
+    assert!(earliest < resume && resume < exit && exit < latest, "{first}");
+    vmm.done("vm.pause", &Value::Null);
+    vmm.done("vm.resume", &Value::Null);
+    vmm.ask("p", "pong\n");
+    assert_eq!(ran(&vmm), first);
+}
+
+#[test]
 fn only_a_restored_vm_is_told_of_a_restore() {
     let vmm = Vmm::booted(64 * MIB);
     vmm.done("vm.pause", &Value::Null);
