@@ -34,6 +34,11 @@ impl ReadyScan {
         }
     }
 
+    /// How many bytes of the log were looked at.
+    pub(crate) fn seen(&self) -> u64 {
+        self.offset
+    }
+
     /// Reads on in the log; whether the guest is ready.
     pub(crate) fn advance(&mut self, log: &Path) -> bool {
         if self.wanted.is_none() {

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stencil_core::rules::LiveFork;
 use stencil_core::{InstanceId, InstanceName, Metadata};
@@ -82,11 +82,19 @@ pub(crate) struct RunningVmm {
 impl RunningVmm {
     /// Reads on in the console log; whether the guest has said that it is ready.
     pub(crate) fn is_ready(&self, log: &Path) -> bool {
+        self.ready().advance(log)
+    }
+
+    /// The same, and whether it has printed something since the last look.
+    pub(crate) fn is_ready_or_prints(&self, log: &Path) -> (bool, bool) {
+        let mut ready = self.ready();
+        let before = ready.seen();
+        (ready.advance(log), ready.seen() > before)
+    }
+
+    fn ready(&self) -> MutexGuard<'_, ReadyScan> {
         // Nothing panics while it holds this lock.
-        self.ready
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .advance(log)
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

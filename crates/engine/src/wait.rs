@@ -11,6 +11,10 @@ use crate::{Engine, EngineError, Instance};
 /// How long restore and fork wait for the guest to say that it is ready before they answer with `Initializing`.
 const READY_WAIT: Duration = Duration::from_secs(10);
 
+/// After so long without a word a guest that was printing is looked after: what it printed last and its end may have
+/// come as one change.
+const SILENCE: Duration = Duration::from_millis(50);
+
 /// How a wait ended.
 #[derive(Clone, Debug)]
 pub struct WaitOutcome {
@@ -56,17 +60,29 @@ impl Engine {
     /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed; whether it is ready.
     pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<bool, EngineError> {
         let log = self.dir(&slot.id).console_log();
-        let is_ready = || slot.vmm().is_some_and(|running| running.is_ready(&log));
         let deadline = tokio::time::Instant::now() + READY_WAIT;
+        let mut is_first = true;
         loop {
-            if is_ready() {
+            let Some(running) = slot.vmm() else {
+                return Ok(false);
+            };
+            let (is_ready, prints) = running.is_ready_or_prints(&log);
+            if is_ready {
                 return Ok(true);
             }
-            // Waited for first: most often the next thing to happen is that the guest prints its text.
-            if tokio::time::timeout_at(deadline, changes.next()).await.is_err() {
+            // A guest that prints runs, and most often it is about to print its text: its VMM is asked when something
+            // else has happened, or when the guest is silent.
+            if !is_first && !prints && self.observe(slot).await?.state() != State::Initializing {
                 return Ok(false);
             }
-            if !is_ready() && self.observe(slot).await?.state() != State::Initializing {
+            is_first = false;
+            let look_again = tokio::time::Instant::now() + SILENCE;
+            let limit = if prints {
+                look_again.min(deadline)
+            } else {
+                deadline
+            };
+            if tokio::time::timeout_at(limit, changes.next()).await.is_err() && limit == deadline {
                 return Ok(false);
             }
         }
