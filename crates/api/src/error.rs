@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use stencil_core::rules::Refusal;
 use stencil_core::{InstanceId, StoreError, error_chain};
-use stencil_engine::EngineError;
+use stencil_engine::{EngineError, Shortage};
 use stencil_vmm::VmmError;
 
 /// The body of every reply that is an error.
@@ -92,7 +92,7 @@ impl IntoResponse for ApiError {
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let told = told(&error);
-        if told.status.is_server_error() {
+        if told.status == StatusCode::INTERNAL_SERVER_ERROR {
             tracing::error!(error = error_chain(&error), code = %told.body.code, "a request failed");
         }
         told
@@ -112,6 +112,7 @@ fn told(error: &EngineError) -> ApiError {
             ApiError::conflict("name_conflict", message).with("name", name.as_str())
         }
         EngineError::Refused(refusal) => refused(refusal),
+        EngineError::NoRoom(shortage) => no_room(shortage, message),
         EngineError::NoConsole(_) | EngineError::NoSnapshot(_) => {
             ApiError::conflict("invalid_state", message)
         }
@@ -149,6 +150,20 @@ fn refused(refusal: &Refusal) -> ApiError {
                 .with("allowed", texts(allowed))
         }
     }
+}
+
+/// The host is sound and the request is, too: only there is not enough left for it.
+fn no_room(shortage: &Shortage, message: String) -> ApiError {
+    ApiError::new(
+        StatusCode::INSUFFICIENT_STORAGE,
+        "insufficient_resources",
+        message,
+    )
+    .with("resource", shortage.resource.as_str())
+    .with("limit", shortage.limit)
+    .with("needed", shortage.needed)
+    .with("available", shortage.available)
+    .with("room_for", shortage.room_for)
 }
 
 fn store(error: &StoreError) -> ApiError {
@@ -196,6 +211,7 @@ mod tests {
 
     use stencil_core::rules::LiveFork;
     use stencil_core::{State, UnreadableCause};
+    use stencil_engine::Resource;
     use stencil_vmm::Call;
     use stencil_vmm_api::ErrorBody as VmmWords;
 
@@ -240,6 +256,15 @@ mod tests {
                 source_state: State::Stopped,
                 target: State::Paused,
                 allowed: &[State::Stopped, State::Running],
+            }
+            .into(),
+            Shortage {
+                resource: Resource::OpenFiles,
+                limit: "RLIMIT_NOFILE",
+                count: 300,
+                needed: 300,
+                available: 12,
+                room_for: 12,
             }
             .into(),
             EngineError::NoConsole(id()),

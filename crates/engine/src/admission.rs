@@ -2,12 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
-use stencil_core::{Readiness, VmSpec};
+use stencil_core::rules::{ForkFrom, ForkPlan};
+use stencil_core::{MemoryMode, Readiness, State, VmSpec};
 
+use crate::limits::{Needs, Promise};
+use crate::registry::Slot;
 use crate::{CreateRequest, Engine, EngineError, kernel};
 
 /// Guest memory is given out in pages of this many bytes.
@@ -55,6 +58,40 @@ impl Engine {
         check_boot_files(&spec)?;
         Ok(spec)
     }
+
+    /// Promises `count` forks of a source what they need of this host, before any is begun. Those that begin without a VMM
+    /// need nothing of it.
+    pub(crate) fn admit_forks(
+        &self,
+        source: &Slot,
+        spec: &VmSpec,
+        plan: &ForkPlan,
+        count: u32,
+    ) -> Result<Option<Promise>, EngineError> {
+        if count == 0 || !matches!(plan.target, State::Running | State::Paused) {
+            return Ok(None);
+        }
+        let data_bytes = match (plan.memory_mode, plan.from) {
+            // Shared, or not there before the guest has booted.
+            (MemoryMode::Cow, _) | (_, ForkFrom::Config) => 0,
+            (_, ForkFrom::Snapshot) => allocated_bytes(&self.dir(&source.id).snapshot().memory_ranges()),
+            // Its snapshot will have at most what its VMM holds now.
+            (_, ForkFrom::Running) => source
+                .vmm()
+                .and_then(|running| running.process.memory().ok())
+                .map_or(spec.memory_bytes, |held| held.rss.min(spec.memory_bytes)),
+        };
+        let each = Needs::of_fork(plan.memory_mode, spec.vcpus, data_bytes);
+        let watched = self.inner.watcher.watched() as u64;
+        let supplies = self.inner.host.supplies(watched);
+        Ok(Some(self.inner.promises.promise(count, each, &supplies)?))
+    }
+}
+
+/// What a file takes on disk in bytes, holes left out; 0 if it is not there, which others will tell.
+fn allocated_bytes(path: &Path) -> u64 {
+    // st_blocks counts in 512 bytes whatever the file system's blocks are (stat(2)).
+    std::fs::metadata(path).map_or(0, |found| found.blocks() * 512)
 }
 
 fn check_memory(bytes: u64) -> Result<(), EngineError> {

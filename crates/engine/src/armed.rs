@@ -83,6 +83,12 @@ impl Pool {
             .count()
     }
 
+    /// How many there are for forks of this mode, with those that have died unnoticed.
+    pub(crate) fn kept_for(&self, mode: MemoryMode) -> u32 {
+        let kept = if mode == MODE { self.len() } else { 0 };
+        u32::try_from(kept).unwrap_or(u32::MAX)
+    }
+
     /// How many there are, with those that have died unnoticed.
     fn len(&self) -> usize {
         self.kept().ready.len()
@@ -229,7 +235,7 @@ impl Engine {
     async fn arm_one(&self, slot: &Arc<Slot>) -> Result<ArmOne, EngineError> {
         let _turn = self.turn(&self.inner.arming).await;
         // Held until the fork is in the pool: who has the lock for itself finds all of them there.
-        let base = self.fork_base(slot, ForkRequest::default()).await;
+        let base = self.fork_base(slot, ForkRequest::default(), 0).await;
         let base = match base {
             Ok(base) if base.plan.fork_of_template.is_some() => base,
             // It was demoted or deleted meanwhile.
@@ -247,6 +253,13 @@ impl Engine {
         }
         let Some(snapshot) = &base.snapshot else {
             return Ok(ArmOne::Enough);
+        };
+        let _promise = match self.admit_forks(slot, &base.metadata.spec, &base.plan, 1) {
+            Err(EngineError::NoRoom(shortage)) => {
+                tracing::info!(instance = %slot.id, %shortage, "no fork is armed");
+                return Ok(ArmOne::Short);
+            }
+            admitted => admitted?,
         };
         let hot_pages = self.known_hot_pages(&base, snapshot);
         let has_hot_pages = matches!(hot_pages, HotPagesUse::Prefetch(_));

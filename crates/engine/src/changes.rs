@@ -88,6 +88,13 @@ impl Watcher {
     }
 }
 
+impl Watcher {
+    /// How many directories are watched.
+    pub(crate) fn watched(&self) -> usize {
+        locked(&self.watched).directories.len()
+    }
+}
+
 impl Drop for Watcher {
     fn drop(&mut self) {
         self.reading.abort();

@@ -11,6 +11,8 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore, Semaph
 use crate::EngineError;
 use crate::armed;
 use crate::changes::Watcher;
+use crate::host::Host;
+use crate::limits::Promises;
 use crate::pressure::Pressure;
 use crate::registry::{Registry, Slot};
 
@@ -43,6 +45,9 @@ pub(crate) struct Inner {
     pub(crate) armed_by_default: u32,
     pub(crate) pressure: Pressure,
     pub(crate) watcher: Watcher,
+    pub(crate) host: Host,
+    /// What forks that are being made may count on.
+    pub(crate) promises: Arc<Promises>,
 }
 
 impl Engine {
@@ -65,6 +70,8 @@ impl Engine {
                 arming: Semaphore::new(1),
                 armed_by_default: config.armed,
                 pressure: Pressure::default(),
+                host: Host::read(),
+                promises: Arc::default(),
                 watcher: Watcher::start().map_err(EngineError::io("watch files in", &config.data))?,
             }),
         };

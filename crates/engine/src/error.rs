@@ -6,6 +6,8 @@ use stencil_core::rules::Refusal;
 use stencil_core::{InstanceId, InstanceName, StoreError};
 use stencil_vmm::VmmError;
 
+use crate::Shortage;
+
 /// An operation that was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -34,6 +36,9 @@ pub enum EngineError {
     /// The rules do not allow it in the instance's present state.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The host has too little for the forks that were asked for; none was begun.
+    #[error(transparent)]
+    NoRoom(#[from] Shortage),
     /// The guest is not there to talk to.
     #[error("instance {0} has no console to write to while its VM is down; start or restore it first")]
     NoConsole(InstanceId),

@@ -12,6 +12,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
+use crate::limits::Promise;
 use crate::prepare::PreparedFork;
 use crate::registry::{Reservation, Slot};
 use crate::suspend::SnapshotSource;
@@ -36,7 +37,7 @@ impl Engine {
     /// # Errors
     ///
     /// [`EngineError::Refused`] where the rules do not allow it, [`EngineError::NameConflict`],
-    /// [`EngineError::Invalid`], [`EngineError::Vmm`]; then there is no fork.
+    /// [`EngineError::NoRoom`], [`EngineError::Invalid`], [`EngineError::Vmm`]; then there is no fork.
     pub async fn fork(
         &self,
         source: &str,
@@ -51,7 +52,7 @@ impl Engine {
                 Some(name) => engine.inner.registry.reserve(name)?,
                 None => engine.reserve_forks(&source, None, 1)?.remove(0),
             };
-            let base = engine.fork_base(&source, request).await?;
+            let base = engine.fork_base(&source, request, 1).await?;
             let made = engine.make_fork(&base, reservation, stopwatch).await;
             engine
                 .release(base, made.iter().filter_map(|fork| fork.name.clone()).collect())
@@ -65,7 +66,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Refused`] and [`EngineError::Invalid`] if no fork could be tried.
+    /// [`EngineError::Refused`], [`EngineError::NoRoom`] and [`EngineError::Invalid`] if no fork could be tried.
     pub async fn forks(&self, source: &str, request: ForksRequest) -> Result<Vec<ForkOutcome>, EngineError> {
         if request.count == 0 || request.count > MAX_FORKS_PER_CALL {
             return Err(EngineError::Invalid(format!(
@@ -78,7 +79,7 @@ impl Engine {
         detached(async move {
             let stopwatch = Stopwatch::start(Operation::Fork);
             let reservations = engine.reserve_forks(&source, request.name_prefix.as_ref(), request.count)?;
-            let base = Arc::new(engine.fork_base(&source, request.fork).await?);
+            let base = Arc::new(engine.fork_base(&source, request.fork, request.count).await?);
             let forks = reservations.into_iter().map(|reservation| {
                 let (engine, base, stopwatch) = (engine.clone(), Arc::clone(&base), stopwatch.clone());
                 tokio::spawn(async move {
@@ -123,11 +124,13 @@ impl Engine {
     }
 
     /// Observes the source and decides; puts a running source on standby. The base keeps the source's lock, so that
-    /// nothing can demote, wake or delete it before its forks are on disk.
+    /// nothing can demote, wake or delete it before its forks are on disk. It promises what `count` forks need, those left
+    /// out that are armed.
     pub(crate) async fn fork_base(
         &self,
         source: &Arc<Slot>,
         request: ForkRequest,
+        count: u32,
     ) -> Result<ForkBase, EngineError> {
         let lock = if request.from_running {
             SourceLock::Exclusive(self.exclusive(source).await?)
@@ -136,6 +139,11 @@ impl Engine {
         };
         let seen = self.observe(source).await?;
         let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
+        let to_start = match plan.fork_of_template {
+            Some(_) => count.saturating_sub(source.pool.kept_for(plan.memory_mode)),
+            None => count,
+        };
+        let promise = self.admit_forks(source, &seen.metadata.spec, &plan, to_start)?;
         let dir = self.dir(&source.id);
         let snapshot = match plan.from {
             ForkFrom::Config => None,
@@ -157,6 +165,7 @@ impl Engine {
             metadata: seen.metadata,
             plan,
             snapshot,
+            _promise: promise,
         })
     }
 
@@ -331,6 +340,7 @@ pub(crate) struct ForkBase {
     pub(crate) metadata: Metadata,
     pub(crate) plan: ForkPlan,
     pub(crate) snapshot: Option<SnapshotSource>,
+    _promise: Option<Promise>,
 }
 
 /// Forks of something at rest are taken side by side; a running source is changed by being forked.

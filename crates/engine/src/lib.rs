@@ -9,6 +9,7 @@
 //! | `engine` | the [`Engine`]: what it owns, how it opens a data directory |
 //! | `requests`, `instance`, `error` | what goes in, what comes out |
 //! | `admission`, `kernel` | checks of a request against the host, before anything is made |
+//! | `limits`, `host` | whether the host has what forks need |
 //! | `registry`, `names` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
@@ -58,11 +59,13 @@ mod delete;
 mod engine;
 mod error;
 mod fork;
+mod host;
 mod hot_list;
 mod hot_pages;
 mod instance;
 mod kernel;
 mod lifecycle;
+mod limits;
 mod names;
 mod observe;
 mod prepare;
@@ -81,6 +84,7 @@ pub use engine::{Config, Engine};
 pub use error::EngineError;
 pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
 pub use instance::{Armed, Instance, Timings};
+pub use limits::{Resource, Shortage};
 pub use requests::{CreateRequest, Filter, ForksRequest};
 pub use stencil_core::rules::ForkRequest;
 pub use wait::WaitOutcome;

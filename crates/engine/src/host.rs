@@ -1,0 +1,197 @@
+//! What the host has left for VMMs: memory, open files, processes, watches. Reads and judges nothing; `limits` does.
+//!
+//! A limit that cannot be read does not limit. It takes some tens of microseconds, whatever the number of VMs: no directory of
+//! `/proc` is listed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Resource as Rlimit, geteuid, getrlimit};
+
+use crate::limits::{Resource, Supply};
+
+/// Open files that are left for requests, and for the sockets and logs of those VMMs that are being started.
+const KEPT_DESCRIPTORS: u64 = 64;
+
+/// The limits that stay as they are while a server runs.
+#[derive(Debug)]
+pub(crate) struct Host {
+    most_processes: Vec<(&'static str, u64)>,
+    most_watches: Option<u64>,
+    /// The groups of processes that this one is in and that have a limit.
+    groups: Vec<PidsGroup>,
+}
+
+/// A cgroup with a limit of processes.
+#[derive(Debug)]
+struct PidsGroup {
+    current: PathBuf,
+    most: u64,
+}
+
+impl Host {
+    pub(crate) fn read() -> Self {
+        let sysctl = |name, path| Some((name, number(Path::new(path))?));
+        let most_processes = [
+            sysctl("kernel.pid_max", "/proc/sys/kernel/pid_max"),
+            sysctl("kernel.threads-max", "/proc/sys/kernel/threads-max"),
+        ];
+        Self {
+            most_processes: most_processes.into_iter().flatten().collect(),
+            most_watches: number(Path::new("/proc/sys/fs/inotify/max_user_watches")),
+            groups: fs::read_to_string("/proc/self/cgroup")
+                .map(|groups| pids_groups(&groups))
+                .unwrap_or_default(),
+        }
+    }
+
+    /// What is left now. `watched` is how many directories this server watches.
+    pub(crate) fn supplies(&self, watched: u64) -> Vec<Supply> {
+        let mut supplies = Vec::with_capacity(8);
+        let mut add = |resource, limit, left| {
+            supplies.push(Supply {
+                resource,
+                limit,
+                left,
+            });
+        };
+        if let Some(left) = read("/proc/meminfo").as_deref().and_then(available_bytes) {
+            add(Resource::Memory, "MemAvailable", left);
+        }
+        if let (Some(most), Some(open)) = (getrlimit(Rlimit::Nofile).current, open_files()) {
+            let left = most.saturating_sub(open).saturating_sub(KEPT_DESCRIPTORS);
+            add(Resource::OpenFiles, "RLIMIT_NOFILE", left);
+        }
+        if let Some(running) = read("/proc/loadavg").as_deref().and_then(threads) {
+            for (limit, most) in &self.most_processes {
+                add(Resource::Processes, limit, most.saturating_sub(running));
+            }
+        }
+        for group in &self.groups {
+            if let Some(current) = number(&group.current) {
+                add(
+                    Resource::Processes,
+                    "pids.max of its cgroup",
+                    group.most.saturating_sub(current),
+                );
+            }
+        }
+        // Root's processes are not limited (setrlimit(2)). How many its user has, no file says.
+        if let (Some(most), false) = (getrlimit(Rlimit::Nproc).current, geteuid().is_root()) {
+            add(Resource::Processes, "RLIMIT_NPROC", most);
+        }
+        if let Some(most) = self.most_watches {
+            let limit = "fs.inotify.max_user_watches";
+            add(Resource::Watches, limit, most.saturating_sub(watched));
+        }
+        supplies
+    }
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok()
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// How many files this process has open. The size of the directory says it since Linux 6.2; before, it is 0 and the
+/// files are counted.
+fn open_files() -> Option<u64> {
+    let path = "/proc/self/fd";
+    match fs::metadata(path).ok()?.len() {
+        0 => Some(fs::read_dir(path).ok()?.count() as u64),
+        open => Some(open),
+    }
+}
+
+/// The field `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+/// How many threads there are on the host: the number behind the slash in `/proc/loadavg`.
+fn threads(loadavg: &str) -> Option<u64> {
+    let (_, threads) = loadavg.split_whitespace().nth(3)?.split_once('/')?;
+    threads.parse().ok()
+}
+
+/// The groups in `/proc/self/cgroup` that limit processes, from the innermost to the outermost.
+fn pids_groups(groups: &str) -> Vec<PidsGroup> {
+    groups
+        .lines()
+        .filter_map(|line| {
+            // `<hierarchy>:<controllers>:<path>`; version 2 has one hierarchy without names (cgroups(7)).
+            let (_, rest) = line.split_once(':')?;
+            match rest.split_once(':')? {
+                ("", group) => Some((Path::new("/sys/fs/cgroup"), group)),
+                (controllers, group) => controllers
+                    .split(',')
+                    .any(|controller| controller == "pids")
+                    .then_some((Path::new("/sys/fs/cgroup/pids"), group)),
+            }
+        })
+        .flat_map(|(mount, group)| {
+            Path::new(group.trim_start_matches('/'))
+                .ancestors()
+                .map(|group| mount.join(group))
+        })
+        .filter_map(|group| {
+            Some(PidsGroup {
+                // `max` is no number and no limit.
+                most: number(&group.join("pids.max"))?,
+                current: group.join("pids.current"),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_in_bytes() {
+        let meminfo =
+            "MemTotal:       24684564 kB\nMemFree:         4735016 kB\nMemAvailable:   24077364 kB\n";
+        assert_eq!(available_bytes(meminfo), Some(24_077_364 << 10));
+        assert_eq!(available_bytes("MemTotal: 1 kB\n"), None);
+    }
+
+    #[test]
+    fn all_threads_are_counted_also_those_that_sleep() {
+        assert_eq!(threads("0.11 0.52 0.87 2/187 12345\n"), Some(187));
+        assert_eq!(threads(""), None);
+    }
+
+    #[test]
+    fn a_file_that_is_opened_is_counted() {
+        let open = || open_files().unwrap();
+        let before = open();
+        let files: Vec<_> = (0..100).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        // Other tests of this process open and close some meanwhile.
+        assert!(open() >= before.saturating_sub(20) + files.len() as u64);
+    }
+
+    #[test]
+    fn this_host_tells_what_it_has_of_everything() {
+        let supplies = Host::read().supplies(0);
+        for resource in [
+            Resource::Memory,
+            Resource::OpenFiles,
+            Resource::Processes,
+            Resource::Watches,
+        ] {
+            let of_it = supplies.iter().find(|supply| supply.resource == resource);
+            assert!(
+                of_it.is_some_and(|supply| supply.left > 0),
+                "{resource:?}: {supplies:?}"
+            );
+        }
+    }
+}
