@@ -7,6 +7,7 @@ mod console;
 mod continuity;
 mod crashes;
 mod failure;
+mod fleet;
 mod forks;
 mod hot_pages;
 mod lifecycle;
@@ -107,6 +108,7 @@ fn scenarios() -> Vec<Planned> {
         states::SCENARIOS,
         continuity::SCENARIOS,
         forks::SCENARIOS,
+        fleet::SCENARIOS,
         hot_pages::SCENARIOS,
         records::SCENARIOS,
         crashes::SCENARIOS,

@@ -170,6 +170,14 @@ impl Server {
         Client::new(self.data().join("stencil.sock"))
     }
 
+    /// The server's process.
+    pub(crate) fn pid(&self) -> Result<Pid, ServerError> {
+        self.child
+            .as_ref()
+            .map(Pid::from_child)
+            .ok_or(ServerError::NotRunning)
+    }
+
     /// The data directory.
     pub(crate) fn data(&self) -> PathBuf {
         self.root.path().join("data")
