@@ -137,11 +137,8 @@ fn steps() -> Result<Vec<Step>, TaskError> {
             limit: LONG,
             counted: Counted::ByHarness,
         },
-        one(
-            "release build",
-            cargo("build --release --locked --package=stencil --package=stencil-microvm"),
-            LONG,
-        ),
+        one("release build of the server", build::release_server(), LONG),
+        one("release build of the microVM", build::release_microvm(), LONG),
         Step {
             name: "end-to-end scenarios",
             command: e2e,
