@@ -5,13 +5,15 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioExecutor;
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::{Method, Request, StatusCode, Uri};
 use hyperlocal::UnixConnector;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +21,7 @@ use stencil_core::InstanceDir;
 use stencil_vmm_api::{
     ErrorBody, PingReply, RestoreRequest, SnapshotRequest, VmConfig, VmCounters, VmInfo, path,
 };
+use tower_service::Service;
 
 use crate::VmmError;
 
@@ -114,7 +117,6 @@ impl fmt::Display for Call {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
-    http: hyper_util::client::legacy::Client<UnixConnector, Full<Bytes>>,
 }
 
 impl Client {
@@ -127,10 +129,7 @@ impl Client {
         if socket.to_str().is_none() {
             return Err(VmmError::PathNotUtf8 { path: socket });
         }
-        let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
-            .pool_max_idle_per_host(0)
-            .build(UnixConnector);
-        Ok(Self { socket, http })
+        Ok(Self { socket })
     }
 
     /// Who is there: its version, and what was compiled in.
@@ -243,52 +242,67 @@ impl Client {
     }
 
     async fn converse(&self, call: Call, body: Option<Bytes>) -> Result<Bytes, VmmError> {
-        let mut request = Request::new(Full::default());
-        *request.method_mut() = call.method();
-        *request.uri_mut() = hyperlocal::Uri::new(&self.socket, call.path()).into();
-        request
-            .headers_mut()
-            .insert(ACCEPT, HeaderValue::from_static(JSON));
-        if let Some(body) = body {
-            request
-                .headers_mut()
-                .insert(CONTENT_TYPE, HeaderValue::from_static(JSON));
-            *request.body_mut() = Full::new(body);
-        }
-
-        let reply = self.http.request(request).await.map_err(|source| {
-            if source.is_connect() {
-                VmmError::Connect {
-                    call,
-                    socket: self.socket.clone(),
-                    source,
-                }
-            } else {
-                VmmError::NoReply { call, source }
-            }
-        })?;
-        let (head, body) = reply.into_parts();
-        let body = match Limited::new(body, MAX_REPLY_BYTES).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(error) => {
-                return Err(match error.downcast::<hyper::Error>() {
-                    Ok(source) => VmmError::CutShort {
-                        call,
-                        source: *source,
-                    },
-                    // `Limited` has no other error than its own.
-                    Err(_limit) => VmmError::TooLarge {
-                        call,
-                        limit: MAX_REPLY_BYTES,
-                    },
-                });
-            }
+        let socket = hyperlocal::Uri::new(&self.socket, call.path());
+        let stream = UnixConnector
+            .call(socket.into())
+            .await
+            .map_err(|source| VmmError::Connect {
+                call,
+                socket: self.socket.clone(),
+                source,
+            })?;
+        let no_reply = |source| VmmError::NoReply { call, source };
+        let (mut sender, connection) = http1::handshake(stream).await.map_err(no_reply)?;
+        let exchange = async move {
+            let reply = sender.send_request(request(call, body)).await.map_err(no_reply)?;
+            let (head, body) = reply.into_parts();
+            Ok::<_, VmmError>((head.status, read(call, body).await?))
         };
-        if head.status.is_success() {
+        // Driven here and not by a task of its own, which would cost a thread's wake-up each way.
+        let (mut exchange, mut connection) = (pin!(exchange), pin!(connection));
+        let outcome = tokio::select! {
+            outcome = &mut exchange => outcome,
+            // It is over, and the exchange knows how it ended.
+            _ = &mut connection => exchange.await,
+        };
+        let (status, body) = outcome?;
+        if status.is_success() {
             Ok(body)
         } else {
-            Err(rejected(call, head.status, &body))
+            Err(rejected(call, status, &body))
         }
+    }
+}
+
+fn request(call: Call, body: Option<Bytes>) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::default());
+    *request.method_mut() = call.method();
+    *request.uri_mut() = Uri::from_static(call.path());
+    let headers = request.headers_mut();
+    // Who is meant is the socket's affair; HTTP/1.1 wants a name all the same (RFC 9112, 3.2).
+    headers.insert(HOST, HeaderValue::from_static("vmm"));
+    headers.insert(ACCEPT, HeaderValue::from_static(JSON));
+    if let Some(body) = body {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(JSON));
+        *request.body_mut() = Full::new(body);
+    }
+    request
+}
+
+async fn read(call: Call, body: Incoming) -> Result<Bytes, VmmError> {
+    match Limited::new(body, MAX_REPLY_BYTES).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) => Err(match error.downcast::<hyper::Error>() {
+            Ok(source) => VmmError::CutShort {
+                call,
+                source: *source,
+            },
+            // `Limited` has no other error than its own.
+            Err(_limit) => VmmError::TooLarge {
+                call,
+                limit: MAX_REPLY_BYTES,
+            },
+        }),
     }
 }
 

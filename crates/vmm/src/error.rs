@@ -63,7 +63,7 @@ pub enum VmmError {
         /// The VMM's socket.
         socket: PathBuf,
         /// What the system said.
-        source: hyper_util::client::legacy::Error,
+        source: io::Error,
     },
 
     /// The VMM did not answer in time; the call may still have its effect.
@@ -81,7 +81,7 @@ pub enum VmmError {
         /// What was asked.
         call: Call,
         /// What hyper saw.
-        source: hyper_util::client::legacy::Error,
+        source: hyper::Error,
     },
 
     /// The connection broke in the middle of the reply's body.
