@@ -187,7 +187,7 @@ pub(crate) struct Fork {
     /// The state in which it begins [default: Running; Stopped for a Stopped source]
     #[arg(long, value_name = "STATE")]
     pub(crate) target_state: Option<State>,
-    /// How its memory comes back: cow or copy
+    /// How its memory comes back: cow, copy or uffd
     #[arg(long, value_name = "MODE")]
     pub(crate) memory_mode: Option<MemoryMode>,
 }
