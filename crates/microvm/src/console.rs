@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{self, Receiver, Sender};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use crate::counters::Counters;
@@ -30,6 +31,9 @@ pub(crate) enum ConsoleError {
     Log(PathBuf, #[source] io::Error),
     #[error("the console socket cannot be served")]
     Socket(#[from] SocketError),
+    /// Only while the process ends.
+    #[error("the VMM is shutting down")]
+    Ending,
 }
 
 /// Those who are connected now.
@@ -53,6 +57,17 @@ pub(crate) struct Places {
     pub(crate) socket: Option<ConsoleSocket>,
 }
 
+/// Places that the main thread opens: files that have to be made first take a busy file system milliseconds, in which
+/// the rest of the VM can be made.
+pub(crate) struct OpeningPlaces(oneshot::Receiver<Result<Places, ConsoleError>>);
+
+impl OpeningPlaces {
+    /// Waits for them. Not to be called in the main thread.
+    pub(crate) fn wait(self) -> Result<Places, ConsoleError> {
+        self.0.blocking_recv().map_err(|_| ConsoleError::Ending)?
+    }
+}
+
 /// The console socket before it is served.
 pub(crate) struct ConsoleSocket {
     listening: Listening,
@@ -60,8 +75,19 @@ pub(crate) struct ConsoleSocket {
 }
 
 impl Places {
+    /// Begins to open what `config` names, in the main thread.
+    pub(crate) fn begin(config: &SerialConfig, counters: &Arc<Counters>, runtime: &Handle) -> OpeningPlaces {
+        let (config, counters) = (config.clone(), Arc::clone(counters));
+        let (opened, opening) = oneshot::channel();
+        runtime.spawn(async move {
+            // Where nobody waits for them any more, they are closed again.
+            drop(opened.send(Self::open(&config, counters)));
+        });
+        OpeningPlaces(opening)
+    }
+
     /// Opens what `config` names.
-    pub(crate) fn open(config: &SerialConfig, counters: Arc<Counters>) -> Result<Self, ConsoleError> {
+    fn open(config: &SerialConfig, counters: Arc<Counters>) -> Result<Self, ConsoleError> {
         let (file, socket) = match config.mode {
             SerialMode::File => (config.file.as_deref(), None),
             SerialMode::Socket => (config.file.as_deref(), config.socket.as_deref()),

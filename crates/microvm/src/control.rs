@@ -14,6 +14,7 @@ use crate::counters::Counters;
 use crate::definition::Definition;
 use crate::error::{CallError, ComponentError, RunningError, TransitionError, VmError};
 use crate::events::{Event, Events};
+use crate::machine::{EmptyMachine, MachineError};
 use crate::restore::{self, RestoreError};
 use crate::snapshot::{self, SnapshotError, directory_of};
 use crate::status::Status;
@@ -50,6 +51,8 @@ pub(crate) struct Control {
     inbox: Receiver<Message>,
     status: Arc<Status>,
     surroundings: Surroundings,
+    /// Made before the first call comes, for whichever needs it.
+    ahead: Option<EmptyMachine>,
     vm: Slot,
 }
 
@@ -100,6 +103,7 @@ impl Control {
             inbox,
             status,
             surroundings: Surroundings { events, runtime },
+            ahead: None,
             vm: Slot::Empty,
         }
     }
@@ -111,6 +115,8 @@ impl Control {
     }
 
     fn run(&mut self) {
+        // Where it cannot be had, the call that needs one says why.
+        self.ahead = EmptyMachine::new().ok();
         while let Ok(message) = self.inbox.recv() {
             match message {
                 Message::Call { call, reply } => {
@@ -123,6 +129,7 @@ impl Control {
                 Message::Quit { done } => {
                     self.stop_vcpus();
                     self.vm = Slot::Empty;
+                    self.ahead = None;
                     self.status.clear();
                     let _ = done.send(());
                     return;
@@ -177,6 +184,10 @@ impl Control {
         }
     }
 
+    fn empty_machine(&mut self) -> Result<EmptyMachine, MachineError> {
+        self.ahead.take().map_or_else(EmptyMachine::new, Ok)
+    }
+
     fn create(&mut self, config: VmConfig) -> Result<(), VmError> {
         if self.vm.state().is_some() {
             return Err(VmError::AlreadyCreated);
@@ -191,7 +202,11 @@ impl Control {
             Slot::Down { definition, .. } => Definition::clone(definition),
             Slot::Up(_) => return Err(VmError::BootState(self.transition(VmState::Running))),
         };
-        let mut vm = MicroVm::boot(definition, self.surroundings.clone()).map_err(VmError::Boot)?;
+        let mut vm = self
+            .empty_machine()
+            .map_err(BootError::from)
+            .and_then(|empty| MicroVm::boot(definition, empty, self.surroundings.clone()))
+            .map_err(VmError::Boot)?;
         vm.resume()
             .map_err(|error| VmError::Boot(BootError::Run(error)))?;
         self.vm = Slot::Up(Box::new(vm));
@@ -253,7 +268,10 @@ impl Control {
         }
         let mut vm = directory_of(&request.source_url)
             .ok_or_else(|| RestoreError::Url(request.source_url.clone()))
-            .and_then(|directory| restore::restore(&directory, request, self.surroundings.clone()))
+            .and_then(|directory| {
+                let empty = self.empty_machine()?;
+                restore::restore(&directory, request, empty, self.surroundings.clone())
+            })
             .map_err(|error| match error {
                 RestoreError::NotADirectory(_) => VmError::RestoreSource(ComponentError::send(error)),
                 error => VmError::Restore(error),

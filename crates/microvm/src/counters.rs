@@ -75,7 +75,7 @@ pub(crate) struct RestoreTimes {
     pub(crate) read: Duration,
     /// Mapping the memory; reading it in `copy`, populating hot pages in `cow`, starting the page server in `uffd`.
     pub(crate) memory: Duration,
-    /// Making the VM in KVM, without vCPUs.
+    /// Making the VM in KVM, without vCPUs, from an empty one that was there.
     pub(crate) machine: Duration,
     /// Making the vCPUs and giving them their state.
     pub(crate) vcpus: Duration,

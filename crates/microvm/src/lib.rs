@@ -13,6 +13,9 @@
 //!  pages-0         fills guest memory in `Uffd`: started before KVM sees the memory, ended when KVM is gone
 //! ```
 //!
+//! What takes long and waits for nothing is done beside the rest: control makes an empty VM in KVM before the first call
+//! comes, and while it makes a VM, main opens the console's files.
+//!
 //! So everything that makes up a paused VM is in one value in one thread, and can be saved, dropped or built again there.
 //!
 //! # A restored VM may wait

@@ -31,6 +31,20 @@ fn ioctl(name: &'static str) -> impl FnOnce(KvmError) -> MachineError {
     move |error| MachineError::Ioctl(name, error)
 }
 
+/// A VM in KVM that has nothing yet. To make it takes KVM some 0.25 ms.
+pub(crate) struct EmptyMachine {
+    kvm: Kvm,
+    vm: VmFd,
+}
+
+impl EmptyMachine {
+    pub(crate) fn new() -> Result<Self, MachineError> {
+        let kvm = Kvm::new().map_err(MachineError::Open)?;
+        let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        Ok(Self { kvm, vm })
+    }
+}
+
 /// The VM in KVM, without its vCPUs.
 pub(crate) struct Machine {
     pub(crate) kvm: Kvm,
@@ -38,13 +52,12 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A VM with `ram`, without vCPUs.
+    /// Gives `empty` its `ram` and the rest.
     ///
     /// The memory slots come first: set after the interrupt controllers are there, each waits for a grace period of
     /// the kernel, some 7 ms.
-    pub(crate) fn new(ram: &GuestRam) -> Result<Self, MachineError> {
-        let kvm = Kvm::new().map_err(MachineError::Open)?;
-        let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+    pub(crate) fn new(empty: EmptyMachine, ram: &GuestRam) -> Result<Self, MachineError> {
+        let EmptyMachine { kvm, vm } = empty;
         for (slot, mapped) in (0..).zip(ram.ranges()) {
             let region = kvm_userspace_memory_region {
                 slot,

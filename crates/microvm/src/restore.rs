@@ -11,14 +11,14 @@ use stencil_vmm_api::{RestoreRequest, VmConfig};
 use crate::counters::{Counters, RestoreTimes};
 use crate::definition::{Definition, DefinitionError};
 use crate::identity::{Generation, GenerationError};
-use crate::machine::{Machine, MachineError};
+use crate::machine::{EmptyMachine, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryRange, layout};
 use crate::restored_memory::{MemoryPlan, RestoredMemoryError};
-use crate::start::Saved;
+use crate::start::{IntroduceError, Saved, introduce};
 use crate::state::{CONFIG, MEMORY, STATE, STATE_VERSION, StateHeader, VmState};
 use crate::vcpu::Vcpu;
 use crate::vcpu_state::{VcpuState, VcpuStateError};
-use crate::vm::{BuildError, MicroVm, Parts, Surroundings};
+use crate::vm::{BuildError, MicroVm, Parts, Surroundings, places};
 
 /// The snapshot cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,8 @@ pub(crate) enum RestoreError {
     Memory(#[from] RestoredMemoryError),
     #[error(transparent)]
     Build(BuildError),
+    #[error(transparent)]
+    Introduce(#[from] IntroduceError),
     #[error("vCPU {index} cannot be restored")]
     Vcpu { index: u8, source: VcpuStateError },
 }
@@ -69,6 +71,7 @@ impl From<MachineError> for RestoreError {
 pub(crate) fn restore(
     directory: &Path,
     request: &RestoreRequest,
+    empty: EmptyMachine,
     surroundings: Surroundings,
 ) -> Result<MicroVm, RestoreError> {
     let began = Instant::now();
@@ -82,7 +85,8 @@ pub(crate) fn restore(
         .map(str::parse::<Generation>)
         .transpose()?;
     let plan = MemoryPlan::of(request)?;
-    let (mut definition, state) = read(directory)?;
+    let (mut definition, mut state) = read(directory)?;
+    state.identity = state.identity.restored(machine_id);
     if let Some(generation) = machine_id {
         definition.set_generation(generation);
     }
@@ -96,22 +100,14 @@ pub(crate) fn restore(
     let ram = plan.restore(&path, ranges, &figures, &surroundings.events)?;
     times.memory = phase.elapsed();
 
-    let vm = build(
-        definition,
-        state,
-        machine_id,
-        ram,
-        counters,
-        surroundings,
-        &mut times,
-    );
+    let vm = build(definition, state, ram, empty, counters, surroundings, &mut times);
     // A page that is lost fails one step or another, and none of them knows why.
     let vm = match figures.lost() {
         Some(fatal) => return Err(RestoredMemoryError::Lost(fatal).into()),
         None => vm?,
     };
     times.total = began.elapsed();
-    tracing::info!(directory = %directory.display(), ?times, "restored");
+    tracing::debug!(directory = %directory.display(), ?times, "restored");
     // The counters are new, so there is nothing in the way.
     let _ = vm.counters.restore.set(times);
     Ok(vm)
@@ -121,14 +117,15 @@ pub(crate) fn restore(
 fn build(
     definition: Definition,
     state: VmState,
-    machine_id: Option<Generation>,
     ram: GuestRam,
+    empty: EmptyMachine,
     counters: Arc<Counters>,
     surroundings: Surroundings,
     times: &mut RestoreTimes,
 ) -> Result<MicroVm, RestoreError> {
     let phase = Instant::now();
-    let machine = Machine::new(&ram)?;
+    let places = places(&definition, &counters, &surroundings);
+    let machine = Machine::new(empty, &ram)?;
     times.machine = phase.elapsed();
 
     let phase = Instant::now();
@@ -136,13 +133,15 @@ fn build(
     times.vcpus = phase.elapsed();
 
     let phase = Instant::now();
-    let identity = state.identity.restored(machine_id);
+    // The time follows when it runs. But its pages are the VM's own from now on, and need not be copied then.
+    introduce(&state.identity, &vcpus, &ram)?;
     let parts = Parts {
         definition,
+        places,
         ram,
         machine,
         vcpus,
-        identity,
+        identity: state.identity,
         counters,
     };
     let saved = Saved {

@@ -76,7 +76,8 @@ enum Unusable {
 pub(crate) struct MemoryPlan {
     how: How,
     prefault: bool,
-    generation: MemoryGeneration,
+    /// There where a list of hot pages is asked for.
+    generation: Option<MemoryGeneration>,
 }
 
 enum How {
@@ -105,10 +106,7 @@ impl MemoryPlan {
                 return Err(Wrong::NoGeneration("record_hot_pages"));
             }
         }
-        let generation = request
-            .memory_generation
-            .as_deref()
-            .map_or_else(|| Ok(MemoryGeneration::random()), str::parse)?;
+        let generation = request.memory_generation.as_deref().map(str::parse).transpose()?;
         if record.is_some() && request.memory_restore_mode != MemoryRestoreMode::Uffd {
             return Err(Wrong::RecordMode);
         }
@@ -145,6 +143,8 @@ impl MemoryPlan {
         events: &Events,
     ) -> Result<GuestRam, RestoredMemoryError> {
         let file = open(path, ranges)?;
+        // One that no list has.
+        let generation = || self.generation.unwrap_or_else(MemoryGeneration::random);
         let ram = match self.how {
             How::Copy => {
                 let ram = GuestRam::anonymous(ranges)?;
@@ -154,7 +154,7 @@ impl MemoryPlan {
             How::Cow { hot } => {
                 let ram = GuestRam::private_of(file, ranges)?;
                 if let Some(list) = hot {
-                    populate_hot(&ram, &list, self.generation, figures)?;
+                    populate_hot(&ram, &list, generation(), figures)?;
                 }
                 ram
             }
@@ -162,7 +162,7 @@ impl MemoryPlan {
                 let ahead = match pages {
                     First::Unknown => Ahead::Nothing,
                     First::Record(path) => Ahead::Record(path),
-                    First::Hot(list) => match load(&list, self.generation) {
+                    First::Hot(list) => match load(&list, generation()) {
                         Ok(hot) => Ahead::Fetch(hot),
                         Err(unusable) => {
                             ignore(&list, &unusable, figures);
@@ -171,7 +171,7 @@ impl MemoryPlan {
                     },
                 };
                 let table = ranges.iter().map(|range| (Gpa::new(range.gpa), range.length));
-                let image = MemoryImage::open(path, RangeTable::packed(table)?, self.generation)?;
+                let image = MemoryImage::open(path, RangeTable::packed(table)?, generation())?;
                 let mut ram = GuestRam::served(file, ranges)?;
                 let (image, figures) = (Arc::new(image), Arc::clone(figures));
                 let mappings = ram.mappings()?;

@@ -25,11 +25,12 @@ pub(crate) struct VcpuState {
     tsc_khz: Option<u32>,
     sregs: Raw<kvm_sregs>,
     xcrs: Raw<kvm_xcrs>,
-    xsave: Raw<kvm_xsave>,
+    // These two in boxes: moved about on the stack, they would leave every fork with 60 KiB of used stack.
+    xsave: Box<Raw<kvm_xsave>>,
     regs: Raw<kvm_regs>,
     debug_regs: Raw<kvm_debugregs>,
     events: Raw<kvm_vcpu_events>,
-    lapic: Raw<kvm_lapic_state>,
+    lapic: Box<Raw<kvm_lapic_state>>,
     msrs: Vec<Msr>,
     mp_state: Raw<kvm_mp_state>,
 }
@@ -85,11 +86,11 @@ impl VcpuState {
             mp_state: Raw(vcpu.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))?),
             sregs: Raw(vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?),
             xcrs: Raw(vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?),
-            xsave: Raw(vcpu.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?),
+            xsave: Box::new(Raw(vcpu.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?)),
             regs: Raw(vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?),
             debug_regs: Raw(vcpu.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?),
             events: Raw(vcpu.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?),
-            lapic: Raw(vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?),
+            lapic: Box::new(Raw(vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?)),
             msrs: read_msrs(vcpu, msrs)?,
         })
     }

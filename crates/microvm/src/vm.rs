@@ -12,14 +12,14 @@ use stencil_vmm_api::{SerialMode, VmEnd, VmEndKind};
 use tokio::runtime::Handle;
 
 use crate::boot;
-use crate::console::{Console, ConsoleError, Places};
+use crate::console::{Console, ConsoleError, OpeningPlaces, Places};
 use crate::counters::Counters;
 use crate::cpuid;
 use crate::definition::Definition;
 use crate::events::Events;
 use crate::identity::Identity;
 use crate::kernel::LoadError;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{EmptyMachine, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::ports::Ports;
 use crate::registers::EntryError;
@@ -115,10 +115,14 @@ pub(crate) enum Vcpus {
 
 impl MicroVm {
     /// Loads the kernel; leaves the VM paused before its first instruction.
-    pub(crate) fn boot(definition: Definition, surroundings: Surroundings) -> Result<Self, BootError> {
+    pub(crate) fn boot(
+        definition: Definition,
+        empty: EmptyMachine,
+        surroundings: Surroundings,
+    ) -> Result<Self, BootError> {
         let ram = GuestRam::anonymous(&layout(definition.memory_bytes))?;
         let entry = boot::load(&ram, &definition.payload(), definition.vcpus)?;
-        let machine = Machine::new(&ram)?;
+        let machine = Machine::new(empty, &ram)?;
         let supported = cpuid::supported(&machine.kvm).map_err(BootError::Cpuid)?;
         let mut vcpus = Vec::with_capacity(usize::from(definition.vcpus));
         for index in 0..definition.vcpus {
@@ -144,6 +148,7 @@ impl MicroVm {
         let identity = Identity::at_boot(definition.generation);
         introduce(&identity, &vcpus, &ram)?;
         let parts = Parts {
+            places: places(&definition, &counters, &surroundings),
             definition,
             ram,
             machine,
@@ -239,9 +244,21 @@ impl Drop for MicroVm {
     }
 }
 
+/// Begins to open where the serial port goes, if there is one.
+pub(crate) fn places(
+    definition: &Definition,
+    counters: &Arc<Counters>,
+    surroundings: &Surroundings,
+) -> Option<OpeningPlaces> {
+    let config = &definition.config.serial;
+    (config.mode != SerialMode::Off).then(|| Places::begin(config, counters, &surroundings.runtime))
+}
+
 /// What a boot and a restore have made before the devices.
 pub(crate) struct Parts {
     pub(crate) definition: Definition,
+    /// `None` without a serial port.
+    pub(crate) places: Option<OpeningPlaces>,
     pub(crate) ram: GuestRam,
     pub(crate) machine: Machine,
     pub(crate) vcpus: Vec<Vcpu>,
@@ -259,16 +276,15 @@ impl Parts {
     ) -> Result<MicroVm, BuildError> {
         let Self {
             definition,
+            places,
             ram,
             machine,
             vcpus,
             identity,
             counters,
         } = self;
-        let (serial, console) = if definition.config.serial.mode == SerialMode::Off {
-            (None, None)
-        } else {
-            let places = Places::open(&definition.config.serial, Arc::clone(&counters))?;
+        let (serial, console) = if let Some(places) = places {
+            let places = places.wait()?;
             let line = machine.interrupt_line(SERIAL_GSI)?;
             let port = match serial {
                 Some(state) => Serial::restore(state, line, places.output, Arc::clone(&counters))?,
@@ -279,6 +295,8 @@ impl Parts {
                 .socket
                 .map(|socket| socket.serve(&port, &surroundings.runtime));
             (Some(port), console)
+        } else {
+            (None, None)
         };
         Ok(MicroVm {
             definition,
