@@ -1,15 +1,15 @@
 //! `stencil-microvm`: one process, one VM. See the library for what it serves.
 
+mod log;
+
 use std::env;
-use std::io::stderr;
 use std::panic;
 use std::process;
 use std::process::ExitCode;
 
+use log::Log;
 use stencil_microvm::{ApiSocket, VERSION, serve};
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
 
 const USAGE: &str = "usage: stencil-microvm --api-socket <path=PATH | PATH | fd=N> | --version";
 
@@ -40,14 +40,10 @@ fn main() -> ExitCode {
     let filter = env::var("RUST_LOG")
         .ok()
         .and_then(|text| text.parse::<Targets>().ok());
-    tracing_subscriber::registry()
-        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
-        .with(
-            tracing_subscriber::fmt::layer()
-                .with_ansi(false)
-                .with_writer(stderr),
-        )
-        .init();
+    let log = Log::new(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)));
+    if let Err(error) = tracing::subscriber::set_global_default(log) {
+        eprintln!("stencil-microvm: there is no log: {error}");
+    }
     match serve(&socket) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
