@@ -238,9 +238,7 @@ impl Control {
             (Slot::Up(vm), _) if !vm.is_running() => {
                 let result = vm.resume();
                 match &result {
-                    Ok(()) | Err(RunError::Start(_)) => {}
-                    // A vCPU is lost with it.
-                    Err(RunError::Thread(_)) => self.vm = Slot::down(vm.definition.clone()),
+                    Ok(()) | Err(RunError::Thread(_) | RunError::Start(_)) => {}
                     Err(RunError::MemoryLost(_)) => self.stop_vcpus(),
                 }
                 result.map_err(VmError::Run)
@@ -278,6 +276,9 @@ impl Control {
             })?;
         if request.resume {
             vm.resume().map_err(VmError::Run)?;
+        } else if let Err(error) = vm.start_threads() {
+            // The resume tries again, and tells it.
+            tracing::warn!(%error, "no thread waits for a vCPU");
         }
         self.vm = Slot::Up(Box::new(vm));
         Ok(())

@@ -9,7 +9,7 @@
 //!  control         owns the one MicroVm: memory, KVM fds, devices, config
 //!    | starts, joins   ^ events: a vCPU has ended, a page cannot be read, hot pages are recorded
 //!    v                 |
-//!  vcpu0..N        run the guest; exist only while it runs: pausing ends them, and each gives back its VcpuFd
+//!  vcpu0..N        run the guest: pausing ends them, and each gives back its VcpuFd; those of a restored VM wait for it
 //!  pages-0         fills guest memory in `Uffd`: started before KVM sees the memory, ended when KVM is gone
 //! ```
 //!

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use kvm_bindings::CpuId;
@@ -78,23 +79,41 @@ impl Run {
     }
 }
 
-/// A vCPU's thread; it gives the vCPU back, and says why the guest ended if this vCPU saw it end.
-pub(crate) type VcpuThread = JoinHandle<(Vcpu, Option<VmEnd>)>;
+/// A vCPU's thread; it gives the vCPU back that it was given, and says why the guest ended if this vCPU saw it end.
+pub(crate) type VcpuThread = JoinHandle<Option<(Vcpu, Option<VmEnd>)>>;
 
-impl Vcpu {
-    /// Starts to run it.
-    pub(crate) fn start(mut self, run: Arc<Run>) -> io::Result<VcpuThread> {
-        thread::Builder::new()
-            .name(format!("vcpu{}", self.index))
+/// A thread that waits for its vCPU: to wake one takes less time than to start one. Dropped, it ends.
+pub(crate) struct WaitingThread {
+    vcpu: Sender<(Vcpu, Arc<Run>)>,
+    thread: VcpuThread,
+}
+
+impl WaitingThread {
+    /// For the vCPU with this index.
+    pub(crate) fn start(index: usize) -> io::Result<Self> {
+        let (vcpu, given) = channel::<(Vcpu, Arc<Run>)>();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
             .spawn(move || {
-                let end = self.run(&run);
+                let (mut vcpu, run) = given.recv().ok()?;
+                let end = vcpu.run(&run);
                 if end.is_some() {
                     run.end();
                 }
-                (self, end)
-            })
+                Some((vcpu, end))
+            })?;
+        Ok(Self { vcpu, thread })
     }
 
+    /// Runs it.
+    pub(crate) fn run(self, vcpu: Vcpu, run: Arc<Run>) -> VcpuThread {
+        // The thread waits for it, and a thread that panics ends the process.
+        let _ = self.vcpu.send((vcpu, run));
+        self.thread
+    }
+}
+
+impl Vcpu {
     fn run(&mut self, run: &Run) -> Option<VmEnd> {
         let exits = &run.counters.exits[usize::from(self.index)];
         let target = KickTarget::new(&mut self.fd);
@@ -216,11 +235,11 @@ pub(crate) fn stop_all(run: &Run, threads: Vec<VcpuThread>) -> (Vec<Vcpu>, Optio
     let mut end = None;
     for thread in threads {
         match thread.join() {
-            Ok((vcpu, ended)) => {
+            Ok(Some((vcpu, ended))) => {
                 vcpus.push(vcpu);
                 end = end.or(ended);
             }
-            Err(_) => {
+            Ok(None) | Err(_) => {
                 let reason = "a vCPU thread of the VMM panicked".to_owned();
                 end = end.or(Some(VmEnd {
                     kind: VmEndKind::VcpuFailed,

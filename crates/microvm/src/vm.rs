@@ -25,7 +25,7 @@ use crate::ports::Ports;
 use crate::registers::EntryError;
 use crate::serial::{GSI as SERIAL_GSI, Serial, SerialError, SerialState};
 use crate::start::{IntroduceError, Saved, StartError, introduce};
-use crate::vcpu::{Run, Vcpu, VcpuThread, stop_all};
+use crate::vcpu::{Run, Vcpu, VcpuThread, WaitingThread, stop_all};
 
 /// IA32_MTRR_DEF_TYPE: MTRRs on, write-back. Firmware would have set it, and Linux wants it.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -81,7 +81,7 @@ impl<E: Into<BuildError>> From<E> for BootError {
 /// The guest cannot run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RunError {
-    /// A vCPU is lost with it.
+    /// It may be tried again.
     #[error("a thread for a vCPU cannot be started")]
     Thread(#[source] io::Error),
     /// It may be tried again.
@@ -96,6 +96,8 @@ pub(crate) enum RunError {
 pub(crate) struct MicroVm {
     pub(crate) definition: Definition,
     pub(crate) vcpus: Vcpus,
+    /// Of a paused VM that is to be resumed soon.
+    waiting: Vec<WaitingThread>,
     _console: Option<Console>,
     pub(crate) ports: Arc<Ports>,
     pub(crate) counters: Arc<Counters>,
@@ -171,6 +173,7 @@ impl MicroVm {
 
     /// Lets the vCPUs run; nothing where they do.
     pub(crate) fn resume(&mut self) -> Result<(), RunError> {
+        self.start_threads().map_err(RunError::Thread)?;
         self.start()?;
         self.ram.resume().map_err(RunError::MemoryLost)?;
         let vcpus = match mem::replace(&mut self.vcpus, Vcpus::Paused(Vec::new())) {
@@ -186,18 +189,22 @@ impl MicroVm {
             self.ram.ranges().map(|mapped| mapped.range).collect(),
             self.surroundings.events.clone(),
         );
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for vcpu in vcpus {
-            match vcpu.start(Arc::clone(&run)) {
-                Ok(thread) => threads.push(thread),
-                Err(error) => {
-                    // That vCPU is lost with its thread: the caller has to end the VM.
-                    self.vcpus = Vcpus::Paused(stop_all(&run, threads).0);
-                    return Err(RunError::Thread(error));
-                }
-            }
-        }
+        let threads = mem::take(&mut self.waiting).into_iter().zip(vcpus);
+        let threads = threads
+            .map(|(thread, vcpu)| thread.run(vcpu, Arc::clone(&run)))
+            .collect();
         self.vcpus = Vcpus::Running { run, threads };
+        Ok(())
+    }
+
+    /// Starts the threads that a paused VM needs to run.
+    pub(crate) fn start_threads(&mut self) -> io::Result<()> {
+        let Vcpus::Paused(vcpus) = &self.vcpus else {
+            return Ok(());
+        };
+        for index in self.waiting.len()..vcpus.len() {
+            self.waiting.push(WaitingThread::start(index)?);
+        }
         Ok(())
     }
 
@@ -301,6 +308,7 @@ impl Parts {
         Ok(MicroVm {
             definition,
             vcpus: Vcpus::Paused(vcpus),
+            waiting: Vec::new(),
             _console: console,
             ports: Arc::new(Ports { serial }),
             counters,
