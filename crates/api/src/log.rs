@@ -1,4 +1,4 @@
-//! One line in the log for each request, after its reply is on its way.
+//! One line in the log for each request. Where it is written, and that nobody waits for that, is the binary's affair.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -21,15 +21,12 @@ pub(crate) async fn logged(request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let reply = next.run(request).instrument(span.clone()).await;
     let (status, took) = (reply.status().as_u16(), begun.elapsed());
-    // Writing a line takes longer than making the reply: somebody else does it.
-    tokio::spawn(async move {
-        span.in_scope(|| {
-            if changes {
-                tracing::info!(status, ?took, "answered");
-            } else {
-                tracing::debug!(status, ?took, "answered");
-            }
-        });
+    span.in_scope(|| {
+        if changes {
+            tracing::info!(status, ?took, "answered");
+        } else {
+            tracing::debug!(status, ?took, "answered");
+        }
     });
     reply
 }

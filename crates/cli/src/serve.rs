@@ -12,6 +12,7 @@ use stencil_core::DataDir;
 use stencil_engine::{Config, Engine};
 use stencil_vmm::{Hypervisor, MicroVm};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -24,17 +25,8 @@ use crate::place;
 const MOST_THREADS: usize = 4;
 
 pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
-    // RUST_LOG as in `info,stencil_engine=debug`.
-    let filter = env::var("RUST_LOG")
-        .ok()
-        .and_then(|text| text.parse::<Targets>().ok());
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    tracing_subscriber::registry()
-        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
-        .with(lines)
-        .init();
+    // Dropped last: what was said is written before the process ends.
+    let _log = log();
     allow_many_files();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(available_parallelism().map_or(2, |cores| cores.get().clamp(2, MOST_THREADS)))
@@ -42,6 +34,24 @@ pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> 
         .build()
         .map_err(Failure::Runtime)?
         .block_on(serve(asked, socket))
+}
+
+/// Lines are written to standard error by a thread of their own: no request waits for it, not even where nobody reads it.
+/// Then lines are lost once 128,000 wait.
+fn log() -> WorkerGuard {
+    // RUST_LOG as in `info,stencil_engine=debug`.
+    let filter = env::var("RUST_LOG")
+        .ok()
+        .and_then(|text| text.parse::<Targets>().ok());
+    let (writer, guard) = tracing_appender::non_blocking(io::stderr());
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .with_ansi(io::stderr().is_terminal());
+    tracing_subscriber::registry()
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)))
+        .with(lines)
+        .init();
+    guard
 }
 
 /// A server holds a descriptor or two for each VM; the soft limit of a shell, often 1024, is not meant for that.

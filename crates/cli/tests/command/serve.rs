@@ -1,5 +1,8 @@
 //! The server as a process: how it begins, how it ends, and why it would not begin.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+
 use rustix::process::Signal;
 
 use crate::stencil::{Server, command, done};
@@ -31,6 +34,34 @@ fn a_server_that_was_killed_leaves_a_socket_that_the_next_one_takes() {
     assert!(socket.exists());
     let server = Server::start_in(dir);
     assert_eq!(server.run(&["ls"]).code, 0);
+}
+
+#[test]
+fn a_server_whose_log_nobody_reads_goes_on_answering() {
+    /// More lines than a pipe holds, which is 64 KiB (pipe(7)).
+    const REQUESTS: usize = 2000;
+    let server = Server::start();
+    let mut stream = UnixStream::connect(server.socket()).unwrap();
+    let mut replies = BufReader::new(stream.try_clone().unwrap());
+    for _ in 0..REQUESTS {
+        stream
+            .write_all(b"POST /instances/nobody/start HTTP/1.1\r\nhost: stencil\r\ncontent-length: 0\r\n\r\n")
+            .unwrap();
+        let (mut line, mut length) = (String::new(), 0);
+        while line != "\r\n" {
+            line.clear();
+            replies.read_line(&mut line).unwrap();
+            if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+        }
+        replies.read_exact(&mut vec![0; length]).unwrap();
+    }
+    drop((stream, replies));
+    let (code, log, _) = server.end(Signal::TERM);
+    assert_eq!(code, Some(0));
+    // Read at last, it is all there.
+    assert_eq!(log.matches("answered status=404").count(), REQUESTS);
 }
 
 #[test]
