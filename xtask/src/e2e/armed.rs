@@ -44,7 +44,7 @@ const PAGES: u64 = 256;
 const LOOKS: usize = 20_000;
 
 /// A template with so many armed forks, whose hot pages are known.
-fn armed(world: &World, count: u64) -> Result<Vm, Failure> {
+pub(super) fn armed(world: &World, count: u64) -> Result<Vm, Failure> {
     let template = world.running("warm")?;
     template.count()?;
     template.write(0, PAGES, 7)?;
@@ -67,7 +67,7 @@ fn armed(world: &World, count: u64) -> Result<Vm, Failure> {
     Ok(template)
 }
 
-fn until_full(template: &Vm, count: u64) -> Result<(), Failure> {
+pub(super) fn until_full(template: &Vm, count: u64) -> Result<(), Failure> {
     until(template, "a full pool", |shown| shown["armed"]["ready"] == count)
 }
 

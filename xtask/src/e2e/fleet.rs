@@ -6,10 +6,10 @@ use std::fs;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use serde_json::{Value, json};
 
-use super::Scenario;
 use super::failure::{Failure, holds, refused, same};
 use super::vm::Vm;
 use super::world::World;
+use super::{Scenario, armed};
 use crate::client::Reply;
 use crate::{host, processes, report};
 
@@ -17,6 +17,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     (
         "VMMs killed while a fleet of forks comes up cost their own forks and no other",
         half_killed,
+    ),
+    (
+        "armed forks killed while a fleet takes them leave the other forks, and a pool that fills again",
+        pool_under_fire,
     ),
     (
         "more forks than the server may have files open for are refused before anything starts",
@@ -32,6 +36,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const FLEET: usize = 32;
 /// How often a fleet is tried until one of its forks is hit while it comes up.
 const ROUNDS: usize = 10;
+/// How the directory of a fork begins that is no instance yet.
+const NEW: &str = ".new-";
 /// The most forks of one call.
 const MOST: u64 = 1024;
 
@@ -41,7 +47,7 @@ fn half_killed(world: &mut World) -> Result<(), Failure> {
     for round in 0..ROUNDS {
         let (reply, killed) = fleet_under_fire(world, &template, &format!("round-{round}"))?;
         hit |= reply.status == 207;
-        let failed = halves(world, &reply, killed)?;
+        let failed = halves(world, &reply, killed, 0)?;
         same(
             "the answer to a fleet of which some failed",
             if failed.is_empty() { 201 } else { 207 },
@@ -62,6 +68,24 @@ fn half_killed(world: &mut World) -> Result<(), Failure> {
     holds(hit, "fleets under fire", "one of which some fail", ROUNDS)
 }
 
+fn pool_under_fire(world: &mut World) -> Result<(), Failure> {
+    const ARMED: usize = 8;
+    let template = armed::armed(world, ARMED as u64)?;
+    for round in 0..3 {
+        let (reply, killed) = fleet_under_fire(world, &template, &format!("round-{round}"))?;
+        holds(killed > 0, "VMMs killed", "some", killed)?;
+        armed::until_full(&template, ARMED as u64)?;
+        for name in halves(world, &reply, killed, ARMED)? {
+            template.fork(json!({"name": name}))?.answers()?;
+        }
+        for fork in forks(world)? {
+            fork.delete()?;
+        }
+        armed::until_full(&template, ARMED as u64)?;
+    }
+    template.act("demote-template").map(drop)
+}
+
 /// Asks for a fleet, and kills every third VMM that is seen before it is an instance's; the answer, and how many were killed.
 fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply, usize), Failure> {
     let instances = world.server.instances();
@@ -74,7 +98,7 @@ fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply
             let directory = fs::read_link(format!("/proc/{}/cwd", found.pid.as_raw_nonzero()));
             let is_new = directory.is_ok_and(|path| {
                 let name = path.file_name().unwrap_or_default();
-                name.to_string_lossy().starts_with(".new-")
+                name.to_string_lossy().starts_with(NEW)
             });
             if is_new && seen.insert(found.pid) && seen.len() % 3 == 0 {
                 // It may have ended since.
@@ -89,8 +113,9 @@ fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply
     Ok((reply, killed))
 }
 
-/// That each fork is there and answers, was killed after it was made, or left nothing; the names of the latter.
-fn halves(world: &World, reply: &Reply, killed: usize) -> Result<Vec<String>, Failure> {
+/// That each fork is there and answers, was killed after it was made, or left nothing; the names of the latter. So many
+/// others are armed.
+fn halves(world: &World, reply: &Reply, killed: usize, armed: usize) -> Result<Vec<String>, Failure> {
     let entries = reply.body["forks"].as_array().cloned().unwrap_or_default();
     same("entries of the answer", FLEET, entries.len())?;
     let (mut failed, mut up, mut hit) = (Vec::new(), 0, 0);
@@ -128,14 +153,19 @@ fn halves(world: &World, reply: &Reply, killed: usize) -> Result<Vec<String>, Fa
         .filter_map(|instance| Some(instance["id"].as_str()?.to_owned()))
         .collect();
     let instances = world.server.instances();
-    let on_disk: HashSet<String> = fs::read_dir(&instances)
+    let (new, on_disk): (HashSet<String>, HashSet<String>) = fs::read_dir(&instances)
         .map_err(Failure::file(&instances))?
         .flatten()
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
+        .partition(|name| name.starts_with(NEW));
     same("instances", up + hit + 1, listed.len())?;
     same("directories", listed, on_disk)?;
-    same("processes", up, processes::working_below(&instances).len())?;
+    same("directories of forks that are armed", armed, new.len())?;
+    same(
+        "processes",
+        up + armed,
+        processes::working_below(&instances).len(),
+    )?;
     Ok(failed)
 }
 
