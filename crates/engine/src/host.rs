@@ -40,7 +40,7 @@ impl Host {
             most_processes: most_processes.into_iter().flatten().collect(),
             most_watches: number(Path::new("/proc/sys/fs/inotify/max_user_watches")),
             groups: fs::read_to_string("/proc/self/cgroup")
-                .map(|groups| pids_groups(&groups))
+                .map(|groups| pids_groups(&groups, Path::new("/sys/fs/cgroup")))
                 .unwrap_or_default(),
         }
     }
@@ -122,25 +122,22 @@ fn threads(loadavg: &str) -> Option<u64> {
 }
 
 /// The groups in `/proc/self/cgroup` that limit processes, from the innermost to the outermost.
-fn pids_groups(groups: &str) -> Vec<PidsGroup> {
-    groups
-        .lines()
-        .filter_map(|line| {
-            // `<hierarchy>:<controllers>:<path>`; version 2 has one hierarchy without names (cgroups(7)).
-            let (_, rest) = line.split_once(':')?;
-            match rest.split_once(':')? {
-                ("", group) => Some((Path::new("/sys/fs/cgroup"), group)),
-                (controllers, group) => controllers
-                    .split(',')
-                    .any(|controller| controller == "pids")
-                    .then_some((Path::new("/sys/fs/cgroup/pids"), group)),
-            }
-        })
-        .flat_map(|(mount, group)| {
-            Path::new(group.trim_start_matches('/'))
-                .ancestors()
-                .map(|group| mount.join(group))
-        })
+fn pids_groups(groups: &str, mount: &Path) -> Vec<PidsGroup> {
+    let of_line = |line: &str| {
+        // `<hierarchy>:<controllers>:<path>`; version 2 has one hierarchy without names (cgroups(7)).
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, group) = rest.split_once(':')?;
+        let mount = match controllers {
+            "" => mount.to_owned(),
+            _ if controllers.split(',').any(|name| name == "pids") => mount.join("pids"),
+            _ => return None,
+        };
+        Some(mount.join(group.trim_start_matches('/')))
+    };
+    let innermost: Vec<PathBuf> = groups.lines().filter_map(of_line).collect();
+    innermost
+        .iter()
+        .flat_map(|group| group.ancestors().take_while(|group| group.starts_with(mount)))
         .filter_map(|group| {
             Some(PidsGroup {
                 // `max` is no number and no limit.
@@ -176,6 +173,32 @@ mod tests {
         let files: Vec<_> = (0..100).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         // Other tests of this process open and close some meanwhile.
         assert!(open() >= before.saturating_sub(20) + files.len() as u64);
+    }
+
+    #[test]
+    fn every_group_that_limits_processes_counts_in_both_versions_of_cgroups() {
+        let mount = tempfile::tempdir().unwrap();
+        let group = |path: &str, most: &str| {
+            let group = mount.path().join(path);
+            fs::create_dir_all(&group).unwrap();
+            fs::write(group.join("pids.max"), most).unwrap();
+        };
+        group("user.slice", "5000\n");
+        group("user.slice/user-1000.slice", "max\n");
+        group("user.slice/user-1000.slice/stencil.service", "100\n");
+        group("pids/old", "7\n");
+        let most = |groups| -> Vec<u64> {
+            pids_groups(groups, mount.path())
+                .into_iter()
+                .map(|group| group.most)
+                .collect()
+        };
+        assert_eq!(
+            most("0::/user.slice/user-1000.slice/stencil.service\n"),
+            [100, 5000]
+        );
+        assert_eq!(most("9:name=systemd:/old\n8:pids:/old\n0::/\n"), [7]);
+        assert_eq!(most("4:memory:/old\n"), [] as [u64; 0]);
     }
 
     #[test]
