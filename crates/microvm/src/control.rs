@@ -3,8 +3,9 @@
 use std::io;
 use std::mem;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use stencil_vmm_api::{RestoreRequest, SnapshotRequest, VmConfig, VmEnd, VmInfo, VmState};
 use tokio::runtime::Handle;
@@ -18,7 +19,11 @@ use crate::machine::{EmptyMachine, MachineError};
 use crate::restore::{self, RestoreError};
 use crate::snapshot::{self, SnapshotError, directory_of};
 use crate::status::Status;
+use crate::tidy;
 use crate::vm::{BootError, MicroVm, RunError, Surroundings, Vcpus};
+
+/// No call for so long: then there is time to tidy up.
+const QUIET: Duration = Duration::from_millis(100);
 
 /// What the control thread is told.
 pub(crate) enum Message {
@@ -53,6 +58,8 @@ pub(crate) struct Control {
     surroundings: Surroundings,
     /// Made before the first call comes, for whichever needs it.
     ahead: Option<EmptyMachine>,
+    /// Whether a call has come since it last tidied up.
+    untidy: bool,
     vm: Slot,
 }
 
@@ -104,6 +111,7 @@ impl Control {
             status,
             surroundings: Surroundings { events, runtime },
             ahead: None,
+            untidy: false,
             vm: Slot::Empty,
         }
     }
@@ -117,9 +125,10 @@ impl Control {
     fn run(&mut self) {
         // Where it cannot be had, the call that needs one says why.
         self.ahead = EmptyMachine::new().ok();
-        while let Ok(message) = self.inbox.recv() {
+        while let Some(message) = self.next() {
             match message {
                 Message::Call { call, reply } => {
+                    self.untidy = true;
                     let result = self.call(call);
                     self.publish();
                     // Who asked may have gone; the call is done all the same.
@@ -136,6 +145,23 @@ impl Control {
                 }
             }
         }
+    }
+
+    /// What comes next; `None` when nobody can send any more. Tidies up once when nothing comes.
+    fn next(&mut self) -> Option<Message> {
+        if self.untidy {
+            match self.inbox.recv_timeout(QUIET) {
+                Ok(message) => return Some(message),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(error) = tidy::give_back_stack() {
+                        tracing::debug!(%error, "unused stack is kept");
+                    }
+                    self.untidy = false;
+                }
+            }
+        }
+        self.inbox.recv().ok()
     }
 
     fn look_into(&mut self, event: Event) {

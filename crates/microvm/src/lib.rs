@@ -14,7 +14,8 @@
 //! ```
 //!
 //! What takes long and waits for nothing is done beside the rest: control makes an empty VM in KVM before the first call
-//! comes, and while it makes a VM, main opens the console's files.
+//! comes, and while it makes a VM, main opens the console's files. A process in which nothing happens does nothing: no
+//! thread wakes up on its own, but control once, 0.1 s after the last call, to give unused stack back.
 //!
 //! So everything that makes up a paused VM is in one value in one thread, and can be saved, dropped or built again there.
 //!
@@ -83,6 +84,7 @@ mod socket;
 mod start;
 mod state;
 mod status;
+mod tidy;
 mod transfer;
 mod vcpu;
 mod vcpu_state;

@@ -36,6 +36,8 @@ pub fn serve(socket: &ApiSocket) -> Result<(), ServeError> {
     kick::install_handler().map_err(ServeError::Start)?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
+        // A handful of connections: room for the usual 1024 events would be 12 KiB.
+        .max_io_events_per_tick(32)
         .build()
         .map_err(ServeError::Start)?;
     let status = Arc::new(Status::default());
