@@ -41,12 +41,34 @@ impl Arrivals {
     pub(crate) fn watch(instances: &Path) -> rustix::io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&inotify, instances, WatchFlags::CREATE | WatchFlags::MOVED_TO)?;
-        Ok(Self {
+        let mut arrivals = Self {
             instances: instances.to_owned(),
             inotify,
             unheard: HashMap::new(),
             seen: Vec::new(),
-        })
+        };
+        // A fork that is kept prepared has its directory already, and its guest has not run.
+        let there = std::fs::read_dir(instances)
+            .map_err(|error| rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))?;
+        for entry in there.flatten() {
+            if let Some(id) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.strip_prefix(NEW_PREFIX))
+            {
+                arrivals.listen_to(id.to_owned());
+            }
+        }
+        Ok(arrivals)
+    }
+
+    /// Watches what the guest of an instance prints; its watch, unless it is gone again already.
+    fn listen_to(&mut self, id: String) -> Option<i32> {
+        let directory = self.directory(&id)?;
+        let watch =
+            inotify::add_watch(&self.inotify, directory, WatchFlags::CREATE | WatchFlags::MODIFY).ok()?;
+        self.unheard.insert(watch, id);
+        Some(watch)
     }
 
     /// What is seen next, and when; `None` if it is nothing until the deadline.
@@ -90,15 +112,8 @@ impl Arrivals {
             }
         }
         for id in new {
-            let watched = self.directory(&id).and_then(|directory| {
-                inotify::add_watch(&self.inotify, directory, WatchFlags::CREATE | WatchFlags::MODIFY).ok()
-            });
-            // One that is gone again already will not be heard of.
-            if let Some(watch) = watched {
-                self.unheard.insert(watch, id);
-                // It may have printed before it was watched.
-                printed.push(watch);
-            }
+            // It may have printed before it was watched.
+            printed.extend(self.listen_to(id));
         }
         for watch in printed {
             if self.unheard.get(&watch).is_some_and(|id| self.is_awake(id))

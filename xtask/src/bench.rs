@@ -2,33 +2,37 @@
 //! printed, written as JSON and, in a full run, into docs/benchmarks.md.
 
 mod document;
-mod figures;
+mod floor;
+mod fork;
+mod grid;
 mod memory;
-mod page_cache;
-mod restores;
-mod sizes;
-mod template;
-mod vmm;
+mod rows;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use serde_json::json;
 
 use crate::client::ClientError;
+use crate::command::CommandError;
+use crate::guest_console::GuestError;
 use crate::host::Host;
+use crate::server::ServerError;
 use crate::{TaskError, build, report, setup};
-use figures::Findings;
+use rows::{Row, Target};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
     /// What a restored guest's first work costs, by the way in which its memory comes back.
-    Memory(Options),
+    Memory(Common),
+    /// What a fork costs, from the request to the guest's answer; and what a thousand of them do.
+    Fork(fork::Options),
 }
 
+/// What every benchmark can be told.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    /// Measures each way three times instead of five, and leaves docs/benchmarks.md as it is.
+pub(crate) struct Common {
+    /// Measures less, and leaves docs/benchmarks.md as it is.
     #[arg(long)]
     quick: bool,
     /// Where to write the results as one JSON object.
@@ -79,15 +83,55 @@ pub(crate) enum BenchError {
     NothingRecorded { log: String },
     #[error("{how}: the list of hot pages was not used; the VMM said:\n{log}")]
     ListIgnored { how: &'static str, log: String },
-    #[error("could not watch the console log")]
+    #[error("could not watch for what guests print")]
     Watch(#[from] Errno),
     #[error("left behind: {}", .0.join("; "))]
     LeftBehind(Vec<String>),
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error("`kvm-floor` failed:\n{0}")]
+    Floor(String),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("{call} was answered with {status}: {body}; the server said:\n{log}")]
+    Api {
+        call: String,
+        status: u16,
+        body: String,
+        log: String,
+    },
+    #[error("{what} did not come in {seconds} s")]
+    Late { what: String, seconds: u64 },
+    #[error("the {what} cannot be drawn: {why}")]
+    Chart { what: &'static str, why: String },
+}
+
+/// Where and when something was measured.
+#[derive(Debug)]
+struct Conditions {
+    host: Host,
+    /// The load of the host, before and after.
+    load: [String; 2],
+}
+
+/// What a benchmark has to tell.
+struct Told {
+    rows: Vec<Row>,
+    targets: Vec<Target>,
+    /// Its section of docs/benchmarks.md.
+    section: String,
+    /// Drawings that the section shows: their names in docs/, and what they are.
+    drawings: Vec<(&'static str, String)>,
 }
 
 /// The `bench` task.
 pub(crate) fn run(bench: &Bench) -> Result<(), TaskError> {
-    let Bench::Memory(options) = bench;
+    let (name, options) = match bench {
+        Bench::Memory(options) => ("memory", options),
+        Bench::Fork(options) => ("fork", &options.common),
+    };
     let host = setup::prepare()?;
     println!(
         "on {}, {} cores, {}, Linux {}, KVM: {}",
@@ -97,31 +141,65 @@ pub(crate) fn run(bench: &Bench) -> Result<(), TaskError> {
         host.kernel,
         host.kvm
     );
-    let built = report::step("built in release, with the test guest", build::microvm)?;
-    let findings = memory::measure(&built, if options.quick { 3 } else { 5 })?;
-    findings.print();
+    let kvm_floor = report::step(
+        "the measure of the kernel alone built in release",
+        build::kvm_floor,
+    )?;
+    let (told, conditions) = match bench {
+        Bench::Memory(options) => {
+            let built = report::step("built in release, with the test guest", build::microvm)?;
+            let before = load();
+            let findings = memory::measure(&built, &kvm_floor, if options.quick { 3 } else { 5 })?;
+            findings.print();
+            let conditions = Conditions {
+                host,
+                load: [before, load()],
+            };
+            (memory::tell(&conditions, &findings), conditions)
+        }
+        Bench::Fork(options) => {
+            let built = report::step("built in release, with the test guest", build::build)?;
+            let before = load();
+            let findings = fork::measure(&built, &kvm_floor, &host, options)?;
+            findings.print();
+            let conditions = Conditions {
+                host,
+                load: [before, load()],
+            };
+            (fork::tell(&conditions, &findings)?, conditions)
+        }
+    };
+    let [before, after] = &conditions.load;
+    println!("load of the host {before} before, {after} after");
     if let Some(path) = &options.json {
-        write(path, &format!("{:#}\n", as_json(&host, &findings)))?;
+        let rows: Vec<_> = told.rows.iter().map(Row::json).collect();
+        let targets: Vec<_> = told.targets.iter().map(Target::json).collect();
+        let json = json!({"host": conditions.host.json(), "rows": rows, "targets": targets});
+        write(path, &format!("{json:#}\n"))?;
     }
     if !options.quick {
-        let path = build::workspace().join("docs/benchmarks.md");
+        let docs = build::workspace().join("docs");
+        for (name, drawing) in &told.drawings {
+            write(&docs.join(name), drawing)?;
+        }
+        let path = docs.join("benchmarks.md");
         // Before the first run there is none.
         let before = std::fs::read_to_string(&path).unwrap_or_default();
-        write(&path, &document::text(&host, &findings, &before))?;
+        write(&path, &document::with_section(&before, name, &told.section))?;
         println!("written: docs/benchmarks.md");
     }
     Ok(())
 }
 
-fn as_json(host: &Host, findings: &Findings) -> serde_json::Value {
-    let rows: Vec<_> = findings.rows().iter().map(figures::Row::json).collect();
-    let targets: Vec<_> = findings.targets().iter().map(figures::Target::json).collect();
-    json!({"host": host.json(), "rows": rows, "targets": targets})
-}
-
-fn write(path: &std::path::Path, text: &str) -> Result<(), TaskError> {
+fn write(path: &Path, text: &str) -> Result<(), TaskError> {
     std::fs::write(path, text).map_err(|source| TaskError::Write {
         path: path.to_owned(),
         source,
     })
+}
+
+/// Programs that wanted to run in the last minute, as the kernel counts them.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or("unknown").to_owned()
 }

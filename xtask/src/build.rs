@@ -86,6 +86,20 @@ pub(crate) fn microvm() -> Result<BuiltVmm, BuildError> {
     })
 }
 
+/// Builds, in release, the program that measures what the kernel alone takes for a fork.
+pub(crate) fn kvm_floor() -> Result<PathBuf, BuildError> {
+    let mut build = cargo();
+    build.args([
+        "build",
+        "--release",
+        "--locked",
+        "--package=stencil-benches",
+        "--bin=kvm-floor",
+    ]);
+    cargo_run("cargo build", &mut build)?;
+    Ok(target_directory()?.join("release/kvm-floor"))
+}
+
 /// Builds the server, which is the client too, in release.
 pub(crate) fn release_server() -> Command {
     let mut build = cargo();

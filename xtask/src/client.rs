@@ -123,26 +123,7 @@ impl Client {
         let call = format!("{method} {path}");
         let reply = async {
             let response = send(&self.socket, method, path, body, &call).await?;
-            let status = response.status().as_u16();
-            let broken = |source| ClientError::Broken {
-                call: call.clone(),
-                source,
-            };
-            let body = response.into_body().collect().await.map_err(broken)?.to_bytes();
-            let no_json = |_| ClientError::NoJson {
-                call: call.clone(),
-                body: String::from_utf8_lossy(&body).into_owned(),
-            };
-            let body = if body.is_empty() {
-                Value::Null
-            } else {
-                serde_json::from_slice(&body).map_err(no_json)?
-            };
-            Ok(Reply {
-                call: call.clone(),
-                status,
-                body,
-            })
+            read(response, &call).await
         };
         runtime()?
             .block_on(async { timeout(CALL_LIMIT, reply).await })
@@ -168,6 +149,74 @@ impl Client {
             body: response.into_body(),
             pending: Vec::new(),
         })
+    }
+}
+
+/// Reads the whole of an answer.
+async fn read(response: Response<Incoming>, call: &str) -> Result<Reply, ClientError> {
+    let call = call.to_owned();
+    let status = response.status().as_u16();
+    let body = match response.into_body().collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(source) => return Err(ClientError::Broken { call, source }),
+    };
+    let body = if body.is_empty() {
+        Value::Null
+    } else {
+        match serde_json::from_slice(&body) {
+            Ok(json) => json,
+            Err(_) => {
+                let body = String::from_utf8_lossy(&body).into_owned();
+                return Err(ClientError::NoJson { call, body });
+            }
+        }
+    };
+    Ok(Reply { call, status, body })
+}
+
+/// A connection that is there before it is used, and is driven by the thread that calls: when a call is timed, neither
+/// connecting nor waking another thread is in its time.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    runtime: Runtime,
+    sender: Sender,
+}
+
+impl Connection {
+    pub(crate) fn open(socket: &Path) -> Result<Self, ClientError> {
+        let call = "a connection";
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|source| ClientError::Connect {
+                path: socket.to_owned(),
+                source,
+            })?;
+        let sender = runtime.block_on(async {
+            let (sender, connection) = connect(socket, call).await?;
+            // It goes on whenever this thread waits for an answer.
+            tokio::spawn(connection);
+            Ok(sender)
+        })?;
+        Ok(Self { runtime, sender })
+    }
+
+    /// Calls the server and reads the whole answer.
+    pub(crate) fn post(&mut self, path: &str, body: Value) -> Result<Reply, ClientError> {
+        let call = format!("POST {path}");
+        let request = request(Method::POST, path, Body::Json(body), &call)?;
+        let sender = &mut self.sender;
+        let reply = async {
+            let response = sender.send_request(request).await;
+            let broken = |source| ClientError::Broken {
+                call: call.clone(),
+                source,
+            };
+            read(response.map_err(broken)?, &call).await
+        };
+        self.runtime
+            .block_on(async { timeout(CALL_LIMIT, reply).await })
+            .unwrap_or_else(|_| Err(ClientError::Silent { call: call.clone() }))
     }
 }
 
@@ -230,6 +279,40 @@ async fn send(
     body: Body,
     call: &str,
 ) -> Result<Response<Incoming>, ClientError> {
+    let request = request(method, path, body, call)?;
+    let (mut sender, connection) = connect(socket, call).await?;
+    // It ends with the answer; an error of it shows there.
+    tokio::spawn(connection);
+    sender
+        .send_request(request)
+        .await
+        .map_err(|source| ClientError::Broken {
+            call: call.to_owned(),
+            source,
+        })
+}
+
+type Sender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
+
+async fn connect(
+    socket: &Path,
+    call: &str,
+) -> Result<(Sender, impl Future<Output = hyper::Result<()>> + use<>), ClientError> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|source| ClientError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+    hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|source| ClientError::Broken {
+            call: call.to_owned(),
+            source,
+        })
+}
+
+fn request(method: Method, path: &str, body: Body, call: &str) -> Result<Request<Full<Bytes>>, ClientError> {
     let (kind, body) = match body {
         Body::Nothing => (None, Vec::new()),
         Body::Json(value) => (Some("application/json"), value.to_string().into_bytes()),
@@ -243,26 +326,10 @@ async fn send(
     if let Some(kind) = kind {
         request = request.header("content-type", kind);
     }
-    let request = request
+    request
         .body(Full::new(Bytes::from(body)))
         .map_err(|source| ClientError::Request {
             what: call.to_owned(),
             source,
-        })?;
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
-    let broken = |source| ClientError::Broken {
-        call: call.to_owned(),
-        source,
-    };
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(broken)?;
-    // It ends with the answer; an error of it shows there.
-    tokio::spawn(connection);
-    sender.send_request(request).await.map_err(broken)
+        })
 }

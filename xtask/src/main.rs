@@ -106,3 +106,15 @@ fn run(task: &Task) -> Result<bool, TaskError> {
         Task::Ci => ci::run(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -2,20 +2,42 @@
 
 use std::path::Path;
 
+mod figures;
+mod page_cache;
+mod restores;
+mod show;
+mod sizes;
+mod template;
+mod vmm;
+
 use super::BenchError;
-use super::figures::{Cache, Findings, Series};
-use super::page_cache::Cached;
-use super::restores::{Restores, Way};
-use super::{sizes, template};
+use super::{Conditions, Told, floor};
 use crate::build::BuiltVmm;
 use crate::interrupt::UndoneOnInterrupt;
 use crate::{processes, report};
+pub(super) use figures::Findings;
+use figures::{Cache, Series};
+use page_cache::Cached;
+use restores::{Restores, Way};
 
 /// Above this share of its pages in the page cache, the snapshot was not cold.
 const COLD: f64 = 0.01;
 
+/// How often in each round the kernel alone is measured.
+const FLOOR_TIMES: usize = 10;
+
+/// What there is to tell of it.
+pub(super) fn tell(conditions: &Conditions, findings: &Findings) -> Told {
+    Told {
+        rows: findings.rows(),
+        targets: findings.targets(),
+        section: show::section(conditions, findings),
+        drawings: Vec::new(),
+    }
+}
+
 /// Does all of it, `rounds` times each.
-pub(super) fn measure(built: &BuiltVmm, rounds: usize) -> Result<Findings, BenchError> {
+pub(super) fn measure(built: &BuiltVmm, kvm_floor: &Path, rounds: usize) -> Result<Findings, BenchError> {
     let parent = std::env::temp_dir();
     let root = tempfile::Builder::new()
         .prefix("stencil-bench-")
@@ -30,7 +52,6 @@ pub(super) fn measure(built: &BuiltVmm, rounds: usize) -> Result<Findings, Bench
         processes::end_all_below(&path);
         let _ = std::fs::remove_dir_all(&path);
     });
-    let load_before = load();
     let mut restores = report::step("a guest has filled its 512 MiB; its snapshot is taken", || {
         Ok::<_, BenchError>(Restores {
             microvm: built.microvm.clone(),
@@ -47,11 +68,14 @@ pub(super) fn measure(built: &BuiltVmm, rounds: usize) -> Result<Findings, Bench
     let sizes = report::step("restores of 128 MiB and of 8 GiB measured", || {
         sizes::measure(built, root.path(), rounds)
     })?;
+    let floor = report::step("the same by the kernel alone", || {
+        floor::measure(kvm_floor, rounds * FLOOR_TIMES, &[sizes::SMALL, sizes::LARGE])
+    })?;
     let findings = Findings {
         series,
         sizes,
         left_cached: (left_cached > COLD).then_some(left_cached),
-        load: [load_before, load()],
+        floor,
     };
     clear(root)?;
     Ok(findings)
@@ -104,10 +128,4 @@ fn clear(root: tempfile::TempDir) -> Result<(), BenchError> {
     }
     let left = left.into_iter().map(|found| format!("process {}", found.command));
     Err(BenchError::LeftBehind(left.collect()))
-}
-
-/// Programs that wanted to run in the last minute, as the kernel counts them.
-fn load() -> String {
-    let text = std::fs::read_to_string(Path::new("/proc/loadavg")).unwrap_or_default();
-    text.split(' ').next().unwrap_or("unknown").to_owned()
 }

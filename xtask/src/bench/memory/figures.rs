@@ -1,12 +1,12 @@
-//! From runs to figures: quantiles, rows, and the targets that they are held against.
+//! From runs to figures: rows, and the targets that they are held against.
 
 use std::time::Duration;
-
-use serde_json::{Value, json};
 
 use super::restores::{Measured, Way};
 use super::sizes::{LARGE, OfSize, SMALL};
 use super::template::MIB;
+use crate::bench::floor::Floor;
+use crate::bench::rows::{Bound, Quantiles, Row, Target, count, milliseconds};
 
 /// Whether the snapshot was in the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,92 +48,13 @@ impl Series {
 
 /// All that a run of the benchmark found.
 #[derive(Debug)]
-pub(super) struct Findings {
+pub(in crate::bench) struct Findings {
     pub(super) series: Vec<Series>,
     pub(super) sizes: Vec<OfSize>,
     /// The share of the snapshot that could not be dropped from the page cache, if it was too much.
     pub(super) left_cached: Option<f64>,
-    /// The load of the host, before and after.
-    pub(super) load: [String; 2],
-}
-
-/// What is told of some values: nearest-rank quantiles.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Quantiles {
-    pub(super) p50: f64,
-    p90: f64,
-    p99: f64,
-    pub(super) max: f64,
-    n: usize,
-}
-
-impl Quantiles {
-    pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_by(f64::total_cmp);
-        let n = values.len();
-        let at = |percent: usize| {
-            let rank = (n * percent).div_ceil(100).max(1);
-            values.get(rank - 1).copied().unwrap_or(f64::NAN)
-        };
-        Self {
-            p50: at(50),
-            p90: at(90),
-            p99: at(99),
-            max: at(100),
-            n,
-        }
-    }
-}
-
-/// A row of the results.
-#[derive(Clone, Debug)]
-pub(super) struct Row {
-    name: String,
-    unit: &'static str,
-    quantiles: Quantiles,
-}
-
-impl Row {
-    pub(super) fn json(&self) -> Value {
-        let Quantiles {
-            p50,
-            p90,
-            p99,
-            max,
-            n,
-        } = self.quantiles;
-        json!({"name": self.name, "unit": self.unit, "p50": p50, "p90": p90, "p99": p99, "max": max, "n": n})
-    }
-}
-
-/// On which side of a target a value is right.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Bound {
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-/// A ratio that is aimed at.
-#[derive(Clone, Debug)]
-pub(super) struct Target {
-    pub(super) name: String,
-    pub(super) value: f64,
-    pub(super) bound: Bound,
-}
-
-impl Target {
-    pub(super) fn is_met(&self) -> bool {
-        match self.bound {
-            Bound::AtMost(target) => self.value <= target,
-            Bound::AtLeast(target) => self.value >= target,
-        }
-    }
-
-    pub(super) fn json(&self) -> Value {
-        let (Bound::AtMost(target) | Bound::AtLeast(target)) = self.bound;
-        json!({"name": self.name, "value": self.value, "target": target, "ok": self.is_met()})
-    }
+    /// What the kernel alone takes for a VM of the small and of the large size.
+    pub(super) floor: Vec<Floor>,
 }
 
 impl Findings {
@@ -156,7 +77,13 @@ impl Findings {
         })
     }
 
-    pub(super) fn rows(&self) -> Vec<Row> {
+    /// A figure of the kernel alone, in milliseconds; not a number where it was not measured.
+    pub(super) fn floor_of(&self, memory: u64, figure: impl Fn(&Floor) -> Quantiles) -> f64 {
+        let found = self.floor.iter().find(|floor| floor.memory == memory);
+        found.map_or(f64::NAN, |floor| figure(floor).p50)
+    }
+
+    pub(in crate::bench) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for series in &self.series {
             let about = format!("{} ({} page cache)", series.way.name(), series.cache.name());
@@ -188,16 +115,13 @@ impl Findings {
                 quantiles: Quantiles::of(of_size.restores.iter().copied().map(milliseconds)),
             });
         }
+        rows.extend(self.floor.iter().map(Floor::row));
         rows
     }
 
-    pub(super) fn targets(&self) -> Vec<Target> {
+    pub(in crate::bench) fn targets(&self) -> Vec<Target> {
         use Cache::{Cold, Warm};
-        let target = |name: &str, value, bound| Target {
-            name: name.to_owned(),
-            value,
-            bound,
-        };
+        let target = |name: &str, value, bound| Target::new(name, value, bound);
         let ratio = |cache, way, to, figure: fn(&Measured) -> f64| {
             self.p50(cache, way, figure) / self.p50(cache, to, figure)
         };
@@ -262,16 +186,4 @@ pub(super) fn whole(run: &Measured) -> f64 {
 
 pub(super) fn private(run: &Measured) -> f64 {
     count(run.private_bytes) / count(MIB)
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "counts of faults, pages and bytes, far below 2^52"
-)]
-pub(super) fn count(count: u64) -> f64 {
-    count as f64
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

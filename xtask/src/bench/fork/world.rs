@@ -1,0 +1,181 @@
+//! A server of its own, with templates whose hot pages are known.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use hyper::Method;
+use serde_json::{Value, json};
+
+use super::BenchError;
+use crate::build::Built;
+use crate::client::{Body, Client, Reply};
+use crate::server::Server;
+
+/// How long something may take that takes some seconds at most.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether it is there.
+const TICK: Duration = Duration::from_millis(2);
+/// How many calls are made at a time where many instances are dealt with; each waits for its guest or its VMM's end.
+const AT_A_TIME: usize = 8;
+
+/// The server, and who talks to it.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) server: Server,
+    pub(super) client: Client,
+    guest: PathBuf,
+}
+
+impl World {
+    pub(super) fn start(built: &Built) -> Result<Self, BenchError> {
+        let server = Server::start(&built.stencil)?;
+        Ok(Self {
+            client: server.client(),
+            guest: built.guest.clone(),
+            server,
+        })
+    }
+
+    /// Defines an instance, and boots it if `start`.
+    pub(super) fn create(&self, name: &str, memory: u64, start: bool) -> Result<Value, BenchError> {
+        let create = json!({
+            "name": name, "kernel": self.guest, "memory": memory, "start": start,
+            "readiness": {"console": "ready epoch="},
+        });
+        self.expect(self.client.post("/instances", create)?)
+    }
+
+    /// Makes a template of a guest that has booted and done nothing. Its hot pages are recorded: its next fork gets them.
+    pub(super) fn template(&self, name: &str, memory: u64) -> Result<(), BenchError> {
+        self.create(name, memory, true)?;
+        let waited = format!(
+            "/instances/{name}/wait?state=Running&timeout={}s",
+            PATIENCE.as_secs()
+        );
+        if self.expect(self.client.get(&waited)?)?["reached"] != true {
+            return Err(late(format!("the guest of {name}"), PATIENCE));
+        }
+        self.act(name, "standby")?;
+        self.act(name, "promote-template")?;
+        let recording = self.expect(
+            self.client
+                .post(&format!("/instances/{name}/fork"), Value::Null)?,
+        )?;
+        let recording = recording["id"].as_str().unwrap_or_default();
+        // Pausing it closes its recording.
+        self.act(recording, "pause")?;
+        self.until(&format!("the list of hot pages of {name}"), || {
+            Ok(self.get(name)?["hot_pages"] == true)
+        })?;
+        self.delete(&[recording.to_owned()])
+    }
+
+    /// Keeps `count` forks of a template prepared, and waits until they are.
+    pub(super) fn arm(&self, template: &str, count: u32) -> Result<(), BenchError> {
+        let path = format!("/instances/{template}");
+        let body = Body::Json(json!({"armed": count}));
+        self.expect(self.client.call(Method::PATCH, &path, body)?)?;
+        self.until_armed(template)
+    }
+
+    /// Waits until as many forks of a template are prepared as are to be.
+    pub(super) fn until_armed(&self, template: &str) -> Result<(), BenchError> {
+        self.until(&format!("armed forks of {template}"), || {
+            let armed = &self.get(template)?["armed"];
+            Ok(armed["ready"].is_u64() && armed["ready"] == armed["target"])
+        })
+    }
+
+    fn until(&self, what: &str, there: impl Fn() -> Result<bool, BenchError>) -> Result<(), BenchError> {
+        let deadline = Instant::now() + PATIENCE;
+        while !there()? {
+            if Instant::now() > deadline {
+                return Err(late(what.to_owned(), PATIENCE));
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    /// An instance as the server shows it.
+    pub(super) fn get(&self, name: &str) -> Result<Value, BenchError> {
+        self.expect(self.client.get(&format!("/instances/{name}"))?)
+    }
+
+    pub(super) fn act(&self, name: &str, operation: &str) -> Result<Value, BenchError> {
+        let path = format!("/instances/{name}/{operation}");
+        self.expect(self.client.post(&path, Value::Null)?)
+    }
+
+    pub(super) fn delete(&self, ids: &[String]) -> Result<(), BenchError> {
+        let deleted = in_parallel(ids, |id| {
+            self.expect(self.client.delete(&format!("/instances/{id}"))?)
+        });
+        deleted.map(drop)
+    }
+
+    /// Removes a template that has no forks.
+    pub(super) fn remove_template(&self, name: &str) -> Result<(), BenchError> {
+        self.act(name, "demote-template")?;
+        self.delete(&[name.to_owned()])
+    }
+
+    /// Ends the server. What it has of instances at rest goes with its directory.
+    pub(super) fn terminate(mut self) -> Result<(), BenchError> {
+        Ok(self.server.terminate()?)
+    }
+
+    /// The body of an answer that is no refusal.
+    pub(super) fn expect(&self, reply: Reply) -> Result<Value, BenchError> {
+        if (200..300).contains(&reply.status) {
+            return Ok(reply.body);
+        }
+        Err(BenchError::Api {
+            call: reply.call,
+            status: reply.status,
+            body: reply.body.to_string(),
+            log: self.server.log_tail(),
+        })
+    }
+}
+
+fn late(what: String, limit: Duration) -> BenchError {
+    BenchError::Late {
+        what,
+        seconds: limit.as_secs(),
+    }
+}
+
+/// Does something with all of them, a few at a time; what came of it, in their order.
+pub(super) fn in_parallel<T: Sync, R: Send>(
+    items: &[T],
+    act: impl Fn(&T) -> Result<R, BenchError> + Sync,
+) -> Result<Vec<R>, BenchError> {
+    let left = Mutex::new(items.iter().enumerate());
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((index, item)) = next else {
+                return Ok(done);
+            };
+            done.push((index, act(item)?));
+        }
+    };
+    let done = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_A_TIME.min(items.len()))
+            .map(|_| scope.spawn(work))
+            .collect();
+        let joined = workers.into_iter().map(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        joined.collect::<Result<Vec<_>, BenchError>>()
+    })?;
+    let mut done: Vec<(usize, R)> = done.into_iter().flatten().collect();
+    done.sort_by_key(|(index, _)| *index);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
+}
