@@ -116,7 +116,13 @@ fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
     })?;
     let client = server.client();
     let template = make_template(&client, options, built)?;
-    let batch = forks::fork(&server, options.forks)?;
+    let mut batch = forks::fork(&server, options.forks, "forks")?;
+    step(
+        &format!("{} forks armed: prepared, and not named yet", options.forks),
+        || forks::arm(&server, options.forks),
+    )?;
+    let armed = forks::fork(&server, options.forks, "armed forks")?;
+    batch.forks.extend(armed.forks);
     batch.print();
 
     let mut checks = Vec::new();
@@ -126,7 +132,7 @@ fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
     };
     check(
         "as many forks run as were asked for",
-        batch.forks.len() == options.forks as usize,
+        batch.forks.len() == 2 * options.forks as usize,
     );
     check(
         "every fork goes on from the template's counter",

@@ -1,4 +1,4 @@
-//! Many forks at once: asked for by one request, and watched while they arrive.
+//! Many forks at once: asked for by one request, and watched while they arrive; of new processes, and of armed ones.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -21,18 +21,19 @@ const RULED: TableStyle = TableStyle::new()
 /// How often it is looked whether the reply has come while no fork is heard of.
 const TICK: Duration = Duration::from_millis(50);
 
-/// The forks of one request.
+/// The forks of one request or more.
 #[derive(Debug)]
 pub(super) struct Batch {
     pub(super) forks: Vec<Fork>,
-    /// From the request to its reply, which comes when every guest is ready.
-    reply: Duration,
 }
 
 #[derive(Debug)]
 pub(super) struct Fork {
     pub(super) id: String,
     name: String,
+    was_armed: bool,
+    /// From the request to its reply, which comes when every guest of the request is ready.
+    reply: Duration,
     pub(super) generation: String,
     /// From the request until the guest's first line was in its console; `None` if it was not seen.
     first_line: Option<Duration>,
@@ -44,8 +45,19 @@ pub(super) struct Fork {
     timings: Value,
 }
 
+/// Lets the template keep `count` forks prepared.
+pub(super) fn arm(server: &Server, count: u32) -> Result<(), DemoError> {
+    let client = server.client();
+    let path = format!("/instances/{WARM}");
+    expect(200, client.patch(&path, json!({"armed": count}))?)?;
+    while expect(200, client.get(&path)?)?["armed"]["ready"] != count {
+        std::thread::sleep(TICK);
+    }
+    Ok(())
+}
+
 /// Asks for `count` forks of the template by one request.
-pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
+pub(super) fn fork(server: &Server, count: u32, what: &str) -> Result<Batch, DemoError> {
     let client = server.client();
     let mut arrivals = Arrivals::watch(&server.instances())?;
     let bar = report::bar("forks whose guest has spoken", count.into());
@@ -88,7 +100,7 @@ pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
     println!(
         "{} {:<58} {:>8}",
         report::mark(true),
-        format!("{count} forks asked for at once, by one request"),
+        format!("{count} {what} asked for at once, by one request"),
         report::duration(reply)
     );
     let mut forks = Vec::new();
@@ -100,6 +112,8 @@ pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
         let bytes = |field: &str| shown["memory_use"][field].as_u64().unwrap_or_default();
         forks.push(Fork {
             name: text("name"),
+            was_armed: was_armed(&shown["timings"]),
+            reply,
             generation: text("generation"),
             first_line: heard.get(&id).map(|at| *at - asked),
             counter: 0,
@@ -113,7 +127,12 @@ pub(super) fn fork(server: &Server, count: u32) -> Result<Batch, DemoError> {
         let counter = guest_console::ask_for(&client, &fork.id, "counter", "counter")?;
         fork.counter = counter.parse().unwrap_or_default();
     }
-    Ok(Batch { forks, reply })
+    Ok(Batch { forks })
+}
+
+fn was_armed(timings: &Value) -> bool {
+    let phases = timings["phases"].as_array().into_iter().flatten();
+    phases.into_iter().any(|phase| phase["name"] == "take")
 }
 
 impl Batch {
@@ -122,6 +141,7 @@ impl Batch {
         table.load_style(RULED);
         table.set_header([
             "fork",
+            "of",
             "guest's first line",
             "reply",
             "private",
@@ -129,15 +149,16 @@ impl Batch {
             "counter",
             "generation",
         ]);
-        for column in table.column_iter_mut().skip(1).take(5) {
+        for column in table.column_iter_mut().skip(2).take(5) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         for fork in &self.forks {
             table.add_row([
                 fork.name.clone(),
+                if fork.was_armed { "armed" } else { "new process" }.to_owned(),
                 fork.first_line
                     .map_or_else(|| "not seen".to_owned(), report::duration),
-                report::duration(self.reply),
+                report::duration(fork.reply),
                 report::bytes(fork.private_bytes),
                 report::bytes(fork.shared_bytes),
                 fork.counter.to_string(),
@@ -149,7 +170,8 @@ impl Batch {
         println!(
             "first line: from the request until the guest, awake in its fork, had printed to its console."
         );
-        println!("reply: to the one request for all of them; it comes when every guest is ready.\n");
+        println!("reply: to the one request for so many; it comes when every guest is ready.");
+        println!("armed: prepared before it was asked for.\n");
     }
 
     pub(super) fn json(&self) -> Vec<Value> {
@@ -157,7 +179,7 @@ impl Batch {
         let forks = self.forks.iter().map(|fork| {
             json!({
                 "name": fork.name, "id": fork.id, "generation": fork.generation, "counter": fork.counter,
-                "first_line_ms": fork.first_line.map(milliseconds), "reply_ms": milliseconds(self.reply),
+                "first_line_ms": fork.first_line.map(milliseconds), "reply_ms": milliseconds(fork.reply), "armed": fork.was_armed,
                 "private_bytes": fork.private_bytes, "shared_bytes": fork.shared_bytes, "timings": fork.timings,
             })
         });
