@@ -12,6 +12,7 @@ mod forks;
 mod hot_pages;
 mod lifecycle;
 mod memory;
+mod pressure;
 mod races;
 mod records;
 mod snapshots;

@@ -7,6 +7,7 @@ use stencil_core::{
     Durability, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State, VmGeneration,
     error_chain,
 };
+use stencil_vmm::{ProcessError, VmmError};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::hot_pages::HotPagesUse;
@@ -291,7 +292,8 @@ impl Engine {
         };
         new.commit(&metadata, Durability::Renamed)?;
         let (slot, guard) = reservation.commit(&metadata);
-        self.adopt(&slot, process.keep(), &record, &metadata.spec);
+        let process = process.keep();
+        self.adopt(&slot, process.clone(), &record, &metadata.spec);
         if let Some(claim) = recording {
             let memory = snapshot.manifest.memory_generation;
             if let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory) {
@@ -306,7 +308,15 @@ impl Engine {
         let awake = async {
             let changes = self.changes(&slot)?;
             self.let_run(&slot, &metadata, &mut stopwatch).await?;
-            self.until_ready(&slot, changes).await
+            let is_ready = self.until_ready(&slot, changes).await?;
+            match process.has_exited() {
+                // A guest that is down can be looked at; of a VMM that has gone nothing is left.
+                Some(exit) if !is_ready => Err(EngineError::vmm(id)(VmmError::from(ProcessError::Gone {
+                    pid: process.identity().pid,
+                    exit,
+                }))),
+                _ => Ok(is_ready),
+            }
         };
         let is_ready = match awake.await {
             Ok(is_ready) => is_ready,

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use scripted::House;
 use stencil_core::rules::Refusal;
-use stencil_core::{State, StoreError};
-use stencil_engine::{EngineError, Filter, ForkRequest, ForksRequest};
+use stencil_core::{Readiness, State, StoreError};
+use stencil_engine::{CreateRequest, EngineError, Filter, ForkRequest, ForksRequest};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -76,6 +76,47 @@ async fn an_instance_that_cannot_be_booted_is_not_made() {
             "{step}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_fork_whose_vmm_dies_before_its_guest_is_ready_is_not_made() {
+    let house = House::new().await;
+    let request = CreateRequest {
+        readiness: Readiness::Console("ready".to_owned()),
+        ..house.request("warm")
+    };
+    let warm = house.engine.create(request).await.unwrap();
+    fs::write(
+        house.metadata_path(&warm.id).with_file_name("console.log"),
+        "ready",
+    )
+    .unwrap();
+    house.engine.standby("warm").await.unwrap();
+    house.engine.promote("warm", None).await.unwrap();
+    let before = house.directories();
+    let engine = house.engine.clone();
+    let fork = tokio::spawn(async move { engine.fork("warm", None, ForkRequest::default()).await });
+    // It runs, and its guest says nothing.
+    let vmm = async {
+        loop {
+            if let (Some(vmm), true) = (
+                house.processes().first(),
+                house.hypervisor.calls().contains(&"resume".to_owned()),
+            ) {
+                return *vmm;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    kill(tokio::time::timeout(PATIENCE, vmm).await.unwrap());
+    let error = tokio::time::timeout(PATIENCE, fork)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    let told = stencil_core::error_chain(&error).to_string();
+    assert!(told.contains("has ended"), "{told}");
+    assert_eq!(house.directories(), before);
 }
 
 #[tokio::test]

@@ -1,12 +1,14 @@
 //! Armed forks: prepared before they are asked for.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::Scenario;
 use super::failure::{Failure, answered, holds, refused, same};
+use super::pressure::Pressure;
 use super::vm::Vm;
 use super::world::World;
 use crate::processes;
@@ -34,12 +36,20 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         resized,
     ),
     (
+        "armed forks go when the host runs short of memory, and forks are made all the same",
+        short_of_memory,
+    ),
+    (
         "24 forks at once from a pool of 8 all answer, and the pool is filled again",
         more_than_armed,
     ),
 ];
 
 const PAGES: u64 = 256;
+/// How long it is tried to make the host short of memory.
+const PRESSURE_LIMIT: Duration = Duration::from_secs(20);
+/// A host whose tasks waited for so long in that time is short of memory by any measure: the server is told at 200 ms in 2 s.
+const MUCH_WAITED: Duration = Duration::from_secs(8);
 /// Requests after which a pool has to be full; each takes a moment in which it fills.
 const LOOKS: usize = 20_000;
 
@@ -225,4 +235,41 @@ fn more_than_armed(world: &mut World) -> Result<(), Failure> {
         json!(24),
         template.show()?["forks"]["count"].clone(),
     )
+}
+
+fn short_of_memory(world: &mut World) -> Result<(), Failure> {
+    let template = armed(world, 3)?;
+    let pressure = Pressure::begin(world.server.scratch())?;
+    let began = Instant::now();
+    while template.show()?["armed"]["ready"] != 0 {
+        if began.elapsed() > PRESSURE_LIMIT {
+            let waited = pressure.waited()?;
+            if waited < MUCH_WAITED {
+                return Err(Failure::Skipped(format!(
+                    "this host's tasks waited for memory for only {waited:?} in {PRESSURE_LIMIT:?}"
+                )));
+            }
+            return Err(Failure::Unexpected {
+                what: "armed forks".to_owned(),
+                expected: "none".to_owned(),
+                found: format!(
+                    "{}, after {waited:?} of waiting for memory",
+                    template.show()?["armed"]
+                ),
+            });
+        }
+        std::thread::yield_now();
+    }
+    // They are out of the pool at once, and end behind it.
+    for process in armed_processes(world)? {
+        same(
+            "whether an armed fork ended",
+            true,
+            processes::wait_for_end(process, PRESSURE_LIMIT)?,
+        )?;
+    }
+    // Forks are made all the same.
+    let (fork, was_armed) = fork(world, &template)?;
+    same("whether it was armed", false, was_armed)?;
+    same("its counter", 2, fork.count()?)
 }

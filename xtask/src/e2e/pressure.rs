@@ -1,0 +1,117 @@
+//! Memory pressure on the host, as far as a scenario may make it: a process in a memory cgroup that is too small for the
+//! file that it reads over and over. The kernel counts what it waits for as everybody's.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use rustix::fs::{Advice, fadvise};
+
+use super::failure::Failure;
+
+/// Memory of the group, in bytes.
+const GROUP_BYTES: u64 = 30 << 20;
+/// What its process reads: enough that it never stays.
+const FILE_BYTES: u64 = 200 << 20;
+
+/// A process that waits for memory most of its time, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Pressure {
+    process: Child,
+    group: PathBuf,
+    waited_before: Duration,
+}
+
+impl Pressure {
+    /// Begins, with its file in `scratch`. Where this host does not allow it, the scenario is skipped.
+    pub(super) fn begin(scratch: &Path) -> Result<Self, Failure> {
+        let skipped = |what: &str| {
+            let what = format!("memory pressure cannot be made here: {what}");
+            move |error: io::Error| Failure::Skipped(format!("{what}: {error}"))
+        };
+        let waited_before = waited().map_err(skipped("/proc/pressure/memory"))?;
+        let file = scratch.join("read-over-and-over");
+        // Written and not sparse: holes cost no memory.
+        write_out(&file).map_err(Failure::file(&file))?;
+        let (group, limit, members) = group().map_err(skipped("no memory cgroup"))?;
+        fs::write(group.join(limit), GROUP_BYTES.to_string()).map_err(skipped(limit))?;
+        // It joins the group before it reads: who reads a page first pays for it.
+        let mut command = Command::new("sh");
+        command
+            .args([
+                "-c",
+                "echo $$ > \"$1\" && while cat \"$0\" > /dev/null; do :; done",
+            ])
+            .arg(&file)
+            .arg(group.join(members))
+            .process_group(0);
+        Ok(Self {
+            process: command.spawn().map_err(skipped("sh"))?,
+            group,
+            waited_before,
+        })
+    }
+
+    /// For how long tasks have waited for memory since it began.
+    pub(super) fn waited(&self) -> Result<Duration, Failure> {
+        let now = waited().map_err(Failure::file(Path::new(PRESSURE)))?;
+        Ok(now.saturating_sub(self.waited_before))
+    }
+}
+
+impl Drop for Pressure {
+    fn drop(&mut self) {
+        // The shell and what it runs; it is a group of its own.
+        if let Some(group) = rustix::process::Pid::from_raw(self.process.id().cast_signed()) {
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+        let _ = self.process.wait();
+        // Members that have just been killed may still be in it for a moment.
+        for _ in 0..1000 {
+            if fs::remove_dir(&self.group).is_ok() {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        eprintln!("{} could not be removed", self.group.display());
+    }
+}
+
+/// The file on disk, and not in the page cache: there it would be ours, and cost the group nothing.
+fn write_out(path: &Path) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    io::copy(&mut io::Read::take(io::repeat(1), FILE_BYTES), &mut file)?;
+    file.sync_all()?;
+    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}
+
+const PRESSURE: &str = "/proc/pressure/memory";
+
+/// The total of `some` in microseconds (Linux, Documentation/accounting/psi.rst).
+fn waited() -> io::Result<Duration> {
+    let text = fs::read_to_string(PRESSURE)?;
+    let total = text
+        .lines()
+        .next()
+        .and_then(|some| some.rsplit_once("total=")?.1.parse().ok());
+    total
+        .map(Duration::from_micros)
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A new group, and the names of its files for the limit and the members: of the first or the second version of cgroups.
+fn group() -> io::Result<(PathBuf, &'static str, &'static str)> {
+    let name = format!("stencil-e2e-{}", std::process::id());
+    let first = Path::new("/sys/fs/cgroup/memory");
+    if first.is_dir() {
+        let group = first.join(name);
+        fs::create_dir(&group)?;
+        return Ok((group, "memory.limit_in_bytes", "tasks"));
+    }
+    let group = Path::new("/sys/fs/cgroup").join(name);
+    fs::create_dir(&group)?;
+    Ok((group, "memory.max", "cgroup.procs"))
+}
