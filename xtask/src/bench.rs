@@ -102,8 +102,8 @@ pub(crate) enum BenchError {
         body: String,
         log: String,
     },
-    #[error("{what} did not come in {seconds} s")]
-    Late { what: String, seconds: u64 },
+    #[error("{what} did not come in {seconds} s; the server said:\n{log}")]
+    Late { what: String, seconds: u64, log: String },
     #[error("the {what} cannot be drawn: {why}")]
     Chart { what: &'static str, why: String },
 }

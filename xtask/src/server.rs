@@ -71,7 +71,15 @@ impl Server {
 
     /// The same, with options of `stencil serve`.
     pub(crate) fn start_with(stencil: &Path, options: &'static [&'static str]) -> Result<Self, ServerError> {
-        let parent = std::env::temp_dir();
+        Self::start_in(std::env::temp_dir(), stencil, options)
+    }
+
+    /// The same, in a directory of its own in `parent`.
+    pub(crate) fn start_in(
+        parent: PathBuf,
+        stencil: &Path,
+        options: &'static [&'static str],
+    ) -> Result<Self, ServerError> {
         let root = tempfile::Builder::new()
             .prefix("stencil-")
             .tempdir_in(&parent)

@@ -107,6 +107,13 @@ impl Series {
         Quantiles::of(self.asked.iter().map(|asked| asked.reply))
     }
 
+    /// What of the reply's time is in none of the server's phases: the request and the reply on their ways.
+    pub(super) fn outside_phases(&self) -> Quantiles {
+        let phases = |fork: &Forked| fork.phases.iter().map(|(_, time)| time).sum::<f64>();
+        let longest = |asked: &Asked| asked.forks.iter().map(phases).fold(0.0, f64::max);
+        Quantiles::of(self.asked.iter().map(|asked| asked.reply - longest(asked)))
+    }
+
     /// When all forks of a request ran.
     pub(super) fn all_run(&self) -> Quantiles {
         Quantiles::of(self.asked.iter().map(Asked::all_run))

@@ -2,9 +2,10 @@
 
 use super::asking::Forked;
 use super::charts::{LATENCY, MEMORY_USE};
-use super::figures::{Findings, Kind, RUN, Setting, VM, WORK};
+use super::figures::{Findings, Kind, RUN, Series, Setting, VM, WORK};
 use super::fleet::{Fleet, WRITTEN};
 use super::growth::{FEW, MANY};
+use super::world::place;
 use super::{LARGE, MEMORY, SMALL};
 use crate::bench::grid::Grid;
 use crate::bench::rows::{Quantiles, Row, count, milliseconds};
@@ -169,25 +170,15 @@ impl Findings {
                 .map(|(name, times)| (name.clone(), Quantiles::of(times.iter().copied()).p50));
             lines.push(format!("{}: {}.", floor.row().name, told(phases)));
         }
-        for memory in [MEMORY, LARGE] {
+        for (memory, setting) in [
+            (MEMORY, Setting::Single),
+            (LARGE, Setting::Single),
+            (MEMORY, Setting::AtOnce(100)),
+        ] {
             for kind in Kind::BOTH {
-                let Some(series) = self.series_of(kind, memory, Setting::Single) else {
-                    continue;
-                };
-                let name = series.name();
-                lines.push(format!(
-                    "{name}, the server's phases: {}; the reply comes after {:.2}.",
-                    told(series.phases(phases_of)),
-                    series.reply().p50
-                ));
-                lines.push(format!(
-                    "{name}, the VMM's restore{}: {}.",
-                    match kind {
-                        Kind::Cold => "",
-                        Kind::Armed => " (before the request)",
-                    },
-                    told(series.phases(restore_of))
-                ));
+                if let Some(series) = self.series_of(kind, memory, setting) {
+                    lines.extend(of_time(series));
+                }
             }
         }
         let large = |kind| {
@@ -218,6 +209,27 @@ impl Findings {
         lines.extend(of_memory(&self.fleet));
         lines
     }
+}
+
+/// What a fork's time goes into.
+fn of_time(series: &Series) -> [String; 2] {
+    let name = series.name();
+    let before = match series.kind {
+        Kind::Cold => "",
+        Kind::Armed => " (before the request)",
+    };
+    [
+        format!(
+            "{name}, the server's phases: {}; the reply comes after {:.2} ms, of which {:.2} are in none of them.",
+            told(series.phases(phases_of)),
+            series.reply().p50,
+            series.outside_phases().p50
+        ),
+        format!(
+            "{name}, the VMM's restore{before}: {}.",
+            told(series.phases(restore_of))
+        ),
+    ]
 }
 
 fn phases_of(fork: &Forked) -> &[(String, f64)] {
@@ -292,7 +304,9 @@ pub(super) fn section(conditions: &Conditions, findings: &Findings) -> String {
         one of four, which count for nothing else); t_work, its answer to a question put after the server's reply is here. \
         A cold fork starts a process, an armed one was prepared before; the pool is refilled between the requests. \
         `kvm_floor` makes a VM like a fork's in one process, without server or VMM, until its guest has made its first exit. Forks and \
-        `kvm_floor` are measured in turns. Many at once are asked for by one request; their questions are put by eight threads.\n\n\
+        `kvm_floor` are measured in turns. Many at once are asked for by one request; their questions are put by eight threads. \
+        The servers' directories lie in {place}: on ext4, each of a fork's seven files takes up to a millisecond to make while the file \
+        system remembers thousands of inodes that were deleted in the last minutes, such as those of a run before.\n\n\
         {warnings}\
         ![Distribution of times]({LATENCY})\n\n\
         {until_run}\n{until_answered}\n\
@@ -306,6 +320,7 @@ pub(super) fn section(conditions: &Conditions, findings: &Findings) -> String {
         Missed:\n\n{missed}\n\
         ### Where time and memory go\n\nMedians.\n\n{breakdown}\n",
         conditions = document::conditions(conditions),
+        place = place().display(),
         until_run = until_run(findings).markdown(),
         until_answered = until_answered(findings).markdown(),
         growth = growth(findings).markdown(),
