@@ -1,12 +1,10 @@
 //! A VM's definition, checked: what `vm.create` takes, and what a snapshot's config.json says.
 
-use stencil_vmm_api::{ConsoleMode, PayloadConfig, SerialMode, VmConfig};
+use stencil_vmm_api::{ConsoleMode, MICROVM_MAX_VCPUS, PayloadConfig, SerialMode, VmConfig};
 
 use crate::identity::{Generation, GenerationError};
 use crate::memory::PAGE;
 
-/// The most vCPUs of a VM.
-const VCPUS_MAX: u32 = 16;
 /// The structures that a guest boots with lie below 1 MiB.
 const MEMORY_MIN: u64 = 1 << 20;
 
@@ -23,7 +21,7 @@ pub(crate) struct Definition {
 /// A definition that is wrong: which field, its value, and what is right.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DefinitionError {
-    #[error("cpus.boot_vcpus is {0}; right is 1 to {VCPUS_MAX}")]
+    #[error("cpus.boot_vcpus is {0}; right is 1 to {MICROVM_MAX_VCPUS}")]
     Vcpus(u32),
     #[error("cpus.max_vcpus is {max}, less than cpus.boot_vcpus, {boot}")]
     MaxVcpus { max: u32, boot: u32 },
@@ -79,7 +77,7 @@ impl Definition {
 fn vcpus(config: &VmConfig) -> Result<u8, DefinitionError> {
     let boot = config.cpus.boot_vcpus;
     match u8::try_from(boot) {
-        Ok(count) if (1..=VCPUS_MAX).contains(&boot) => {
+        Ok(count) if (1..=MICROVM_MAX_VCPUS).contains(&boot) => {
             let max = config.cpus.max_vcpus;
             if max < boot {
                 Err(DefinitionError::MaxVcpus { max, boot })

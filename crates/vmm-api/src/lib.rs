@@ -48,3 +48,6 @@ pub const VMCLOCK_GPA: u64 = 0x9_f000;
 /// The interrupt line (GSI, edge-triggered) that the VMM pulses before the first run after each restore, when the generation
 /// id and the `vmclock` page are in place: the guest's cue to reseed, to read its clock, and to say that it is ready.
 pub const RESTORE_GSI: u32 = 5;
+
+/// The most vCPUs that a microVM can have.
+pub const MICROVM_MAX_VCPUS: u32 = 16;

@@ -14,8 +14,8 @@ use stencil_core::{
     GuestEnd, HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec,
 };
 use stencil_vmm_api::{
-    CpusConfig, MemoryConfig, MemoryRestoreMode, PayloadConfig, RestoreRequest, SerialConfig, SerialMode,
-    SnapshotRequest, VmConfig, VmInfo, VmState,
+    CpusConfig, MICROVM_MAX_VCPUS, MemoryConfig, MemoryRestoreMode, PayloadConfig, RestoreRequest,
+    SerialConfig, SerialMode, SnapshotRequest, VmConfig, VmInfo, VmState,
 };
 use tokio::process::Command;
 use tokio::sync::OnceCell;
@@ -33,8 +33,6 @@ const BINARY: &str = "stencil-microvm";
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a VMM has to end after it said that it would.
 const AFTER_SHUTDOWN: Duration = Duration::from_secs(5);
-/// The same limit as in `definition.rs` of the microVM, which refuses more.
-const MAX_VCPUS: u32 = 16;
 
 /// Stencil's own VMM: one process, one VM, on `/dev/kvm`.
 #[derive(Debug)]
@@ -92,7 +90,7 @@ impl Hypervisor for MicroVm {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow, MemoryMode::Uffd],
-            max_vcpus: MAX_VCPUS,
+            max_vcpus: MICROVM_MAX_VCPUS,
         }
     }
 
