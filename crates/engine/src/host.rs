@@ -55,8 +55,8 @@ impl Host {
                 left,
             });
         };
-        if let Some(left) = read("/proc/meminfo").as_deref().and_then(available_bytes) {
-            add(Resource::Memory, "MemAvailable", left);
+        if let Some(memory) = Memory::read() {
+            add(Resource::Memory, "MemAvailable", memory.available);
         }
         if let (Some(most), Some(open)) = (getrlimit(Rlimit::Nofile).current, open_files()) {
             let left = most.saturating_sub(open).saturating_sub(KEPT_DESCRIPTORS);
@@ -106,13 +106,29 @@ fn open_files() -> Option<u64> {
     }
 }
 
-/// The field `MemAvailable` of `/proc/meminfo`, in bytes.
-fn available_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
+/// The host's memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) available: u64,
+    pub(crate) total: u64,
+}
+
+impl Memory {
+    pub(crate) fn read() -> Option<Self> {
+        Self::of(&read("/proc/meminfo")?)
+    }
+
+    fn of(meminfo: &str) -> Option<Self> {
+        let bytes = |field: &str| {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
+            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            Some(kib << 10)
+        };
+        Some(Self {
+            available: bytes("MemAvailable:")?,
+            total: bytes("MemTotal:")?,
+        })
+    }
 }
 
 /// How many threads there are on the host: the number behind the slash in `/proc/loadavg`.
@@ -156,8 +172,12 @@ mod tests {
     fn memory_is_read_in_bytes() {
         let meminfo =
             "MemTotal:       24684564 kB\nMemFree:         4735016 kB\nMemAvailable:   24077364 kB\n";
-        assert_eq!(available_bytes(meminfo), Some(24_077_364 << 10));
-        assert_eq!(available_bytes("MemTotal: 1 kB\n"), None);
+        let memory = Memory {
+            available: 24_077_364 << 10,
+            total: 24_684_564 << 10,
+        };
+        assert_eq!(Memory::of(meminfo), Some(memory));
+        assert_eq!(Memory::of("MemTotal: 1 kB\n"), None);
     }
 
     #[test]

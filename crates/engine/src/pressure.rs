@@ -1,6 +1,6 @@
 //! Whether the host is short of memory: what is there only to be fast gives way then.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use tokio::task::AbortHandle;
 
 use crate::Engine;
 use crate::armed::end_all;
+use crate::host::Memory;
 
 /// Asks to be told when tasks have waited for memory for 200 ms of 2 s. A window of 2 s is what everyone may ask for
 /// (Linux, Documentation/accounting/psi.rst).
@@ -95,20 +96,5 @@ fn trigger() -> io::Result<AsyncFd<File>> {
 
 /// Whether less than the spared part of the host's memory is available. Where that cannot be read, it is not.
 fn is_little_available() -> bool {
-    let Ok(text) = fs::read_to_string("/proc/meminfo") else {
-        return false;
-    };
-    let kibibytes = |name: &str| -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim_start_matches(':')
-            .trim()
-            .split(' ')
-            .next()?
-            .parse()
-            .ok()
-    };
-    match (kibibytes("MemAvailable"), kibibytes("MemTotal")) {
-        (Some(available), Some(total)) => available < total / SPARED,
-        _ => false,
-    }
+    Memory::read().is_some_and(|memory| memory.available < memory.total / SPARED)
 }
