@@ -209,7 +209,7 @@ mod tests {
     use std::io;
     use std::time::Duration;
 
-    use stencil_core::rules::LiveFork;
+    use stencil_core::rules::{LiveFork, Operation};
     use stencil_core::{State, UnreadableCause};
     use stencil_engine::Resource;
     use stencil_vmm::Call;
@@ -244,8 +244,13 @@ mod tests {
                 name: "web".to_owned(),
                 holder: Some(id()),
             },
-            rules_error(stencil_core::rules::promote(State::Running)),
-            rules_error(stencil_core::rules::delete(
+            rules_error(stencil_core::rules::decide(
+                Operation::Promote,
+                State::Running,
+                &[],
+            )),
+            rules_error(stencil_core::rules::decide(
+                Operation::Delete,
                 State::Template,
                 &[LiveFork {
                     id: id(),

@@ -15,7 +15,9 @@
 //! Only [`store`] touches the file system; the rest is a function of its arguments.
 //!
 //! ```
-//! use stencil_core::{Decision, Durability, InstanceId, Metadata, State, Store, VmGeneration, VmSpec, VmmFacts, observe, rules};
+//! use stencil_core::{
+//!     Decision, Durability, InstanceId, Metadata, Operation, State, Store, VmGeneration, VmSpec, VmmFacts, observe, rules,
+//! };
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let scratch = tempfile::tempdir()?;
@@ -32,9 +34,9 @@
 //! assert_eq!(observed.state, State::Stopped);
 //!
 //! // Decide: a rule says what may be done, or why not and what would be right.
-//! assert_eq!(rules::start(observed.state)?, Decision::Act);
+//! assert_eq!(rules::decide(Operation::Start, observed.state, &[])?, Decision::Act);
 //! assert_eq!(
-//!     rules::promote(observed.state).unwrap_err().to_string(),
+//!     rules::decide(Operation::Promote, observed.state, &[]).unwrap_err().to_string(),
 //!     "cannot promote-template in state Stopped: start it (start), then put it on standby (standby) first",
 //! );
 //! # Ok(())

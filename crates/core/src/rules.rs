@@ -78,6 +78,19 @@ impl Operation {
     ];
 }
 
+impl Operation {
+    /// Whether live forks keep it from being done in this state. In every state for delete: that of a damaged template is
+    /// Unknown.
+    #[must_use]
+    pub const fn minds_live_forks(self, state: State) -> bool {
+        match self {
+            Self::Stop | Self::Demote => matches!(state, State::Template),
+            Self::Delete => true,
+            _ => false,
+        }
+    }
+}
+
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -115,154 +128,50 @@ pub struct LiveFork {
     pub name: InstanceName,
 }
 
-fn decide(operation: Operation, state: State, act: &[State], already: &[State]) -> Result<Decision, Refusal> {
-    if act.contains(&state) {
-        Ok(Decision::Act)
-    } else if already.contains(&state) {
-        Ok(Decision::AlreadyThere)
-    } else {
-        Err(Refusal::invalid_state(operation, state))
+/// Decides whether to do `operation` to an instance in `state` of which `live_forks` live, as the module's table says. A fork of a
+/// running instance, and what a fork begins as, is decided by [`fork()`].
+///
+/// # Errors
+/// [`Refusal::InvalidState`] in a state that the table does not have for it; [`Refusal::TemplateInUse`] where live forks
+/// [keep it from being done](Operation::minds_live_forks).
+pub fn decide(operation: Operation, state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal> {
+    use State::{Created, Initializing, Paused, Running, Shutdown, Standby, Stopped, Template};
+    let (acts, already): (&[State], &[State]) = match operation {
+        Operation::Start => (&[Stopped, Created, Shutdown], &[Initializing, Running]),
+        Operation::Stop => (
+            &[
+                Created,
+                Initializing,
+                Running,
+                Paused,
+                Shutdown,
+                Standby,
+                Template,
+            ],
+            &[Stopped],
+        ),
+        Operation::Pause => (&[Running], &[Paused]),
+        Operation::Resume => (&[Paused], &[Initializing, Running]),
+        Operation::Standby => (&[Running, Paused], &[Standby]),
+        Operation::Restore => (&[Standby], &[Initializing, Running]),
+        Operation::Promote => (&[Standby], &[]),
+        Operation::Demote | Operation::RecordHotPages | Operation::Arm => (&[Template], &[]),
+        Operation::Fork => (&[Stopped, Standby, Template], &[]),
+        Operation::Delete => (&State::ALL, &[]),
+    };
+    if already.contains(&state) {
+        return Ok(Decision::AlreadyThere);
     }
-}
-
-fn unless_in_use(
-    operation: Operation,
-    decision: Decision,
-    live_forks: &[LiveFork],
-) -> Result<Decision, Refusal> {
-    if decision == Decision::Act && !live_forks.is_empty() {
+    if !acts.contains(&state) {
+        return Err(Refusal::invalid_state(operation, state));
+    }
+    if operation.minds_live_forks(state) && !live_forks.is_empty() {
         return Err(Refusal::TemplateInUse {
             operation,
             forks: live_forks.to_vec(),
         });
     }
-    Ok(decision)
-}
-
-/// Whether to boot an instance.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where it has to wake in another way, or cannot.
-pub fn start(state: State) -> Result<Decision, Refusal> {
-    use State::{Created, Initializing, Running, Shutdown, Stopped};
-    decide(
-        Operation::Start,
-        state,
-        &[Stopped, Created, Shutdown],
-        &[Initializing, Running],
-    )
-}
-
-/// Whether to take an instance down; that of a Standby or a Template discards its snapshot.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] of an Unknown one; [`Refusal::TemplateInUse`] of a template with live forks.
-pub fn stop(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal> {
-    use State::{Created, Initializing, Paused, Running, Shutdown, Standby, Stopped, Template};
-    let act = [
-        Created,
-        Initializing,
-        Running,
-        Paused,
-        Shutdown,
-        Standby,
-        Template,
-    ];
-    let decision = decide(Operation::Stop, state, &act, &[Stopped])?;
-    if state == Template {
-        unless_in_use(Operation::Stop, decision, live_forks)
-    } else {
-        Ok(decision)
-    }
-}
-
-/// Whether to stop an instance's vCPUs.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where they do not run, or its guest is not ready yet.
-pub fn pause(state: State) -> Result<Decision, Refusal> {
-    decide(Operation::Pause, state, &[State::Running], &[State::Paused])
-}
-
-/// Whether to let an instance's vCPUs go on.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where they were not paused.
-pub fn resume(state: State) -> Result<Decision, Refusal> {
-    decide(
-        Operation::Resume,
-        state,
-        &[State::Paused],
-        &[State::Running, State::Initializing],
-    )
-}
-
-/// Whether to put an instance on standby.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where there is nothing to snapshot, its guest is not ready yet, or it is a template.
-pub fn standby(state: State) -> Result<Decision, Refusal> {
-    decide(
-        Operation::Standby,
-        state,
-        &[State::Running, State::Paused],
-        &[State::Standby],
-    )
-}
-
-/// Whether to let an instance go on from its snapshot.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where there is none, or it is a template's.
-pub fn restore(state: State) -> Result<Decision, Refusal> {
-    decide(
-        Operation::Restore,
-        state,
-        &[State::Standby],
-        &[State::Running, State::Initializing],
-    )
-}
-
-/// Whether to make an instance a template.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where it is not on standby.
-pub fn promote(state: State) -> Result<Decision, Refusal> {
-    decide(Operation::Promote, state, &[State::Standby], &[])
-}
-
-/// Whether to make a template a plain instance on standby again.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where it is none; [`Refusal::TemplateInUse`] while a fork of it lives.
-pub fn demote(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal> {
-    let decision = decide(Operation::Demote, state, &[State::Template], &[])?;
-    unless_in_use(Operation::Demote, decision, live_forks)
-}
-
-/// Whether to remove an instance. `live_forks` count in every state, for that of a damaged template is Unknown.
-///
-/// # Errors
-/// [`Refusal::TemplateInUse`] while a fork of it lives.
-pub fn delete(state: State, live_forks: &[LiveFork]) -> Result<Decision, Refusal> {
-    let decision = decide(Operation::Delete, state, &State::ALL, &[])?;
-    unless_in_use(Operation::Delete, decision, live_forks)
-}
-
-/// Whether to forget which pages the forks of a template touch first, so that the next one records them anew.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where it is no template.
-pub fn record_hot_pages(state: State) -> Result<Decision, Refusal> {
-    decide(Operation::RecordHotPages, state, &[State::Template], &[])
-}
-
-/// Whether to change how many forks of an instance are kept prepared.
-///
-/// # Errors
-/// [`Refusal::InvalidState`] where it is no template.
-pub fn arm(state: State) -> Result<Decision, Refusal> {
-    decide(Operation::Arm, state, &[State::Template], &[])
+    Ok(Decision::Act)
 }
 
 /// The record of a template of which `armed` forks are kept prepared, or as many as the server does by default.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use stencil_core::rules::{self, Decision};
+use stencil_core::rules::{self, Decision, Operation};
 use stencil_core::{Durability, Metadata, State, StoreError, error_chain};
 use stencil_vmm::stray_processes;
 
@@ -32,7 +32,7 @@ impl Engine {
             } else {
                 Vec::new()
             };
-            match rules::delete(state, &forks)? {
+            match rules::decide(Operation::Delete, state, &forks)? {
                 Decision::Act | Decision::AlreadyThere => engine.discard(&slot).await,
             }
         })

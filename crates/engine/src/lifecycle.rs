@@ -76,7 +76,7 @@ impl Engine {
             let guard = engine.exclusive(&slot).await?;
             let mut stopwatch = Stopwatch::start(change.operation());
             let seen = engine.observe(&slot).await?;
-            if engine.decide(&slot, seen.state(), change).await? == Decision::Act {
+            if engine.decide(&slot, seen.state(), change.operation()).await? == Decision::Act {
                 stopwatch.lap("decide");
                 engine.act(&slot, seen, change, &mut stopwatch).await?;
                 slot.finished(stopwatch.timings());
@@ -87,24 +87,14 @@ impl Engine {
         .await
     }
 
-    async fn decide(&self, slot: &Slot, state: State, change: Change) -> Result<Decision, EngineError> {
+    async fn decide(&self, slot: &Slot, state: State, operation: Operation) -> Result<Decision, EngineError> {
         // Forks are counted only where they matter: it costs a scan.
-        let forks = match change {
-            Change::Stop | Change::Demote if state == State::Template => self.live_forks(slot).await?,
-            _ => Vec::new(),
+        let forks = if operation.minds_live_forks(state) {
+            self.live_forks(slot).await?
+        } else {
+            Vec::new()
         };
-        Ok(match change {
-            Change::Start => rules::start(state),
-            Change::Stop => rules::stop(state, &forks),
-            Change::Pause => rules::pause(state),
-            Change::Resume => rules::resume(state),
-            Change::Standby => rules::standby(state),
-            Change::Restore => rules::restore(state),
-            Change::Promote(_) => rules::promote(state),
-            Change::Demote => rules::demote(state, &forks),
-            Change::RecordHotPages => rules::record_hot_pages(state),
-            Change::Arm(_) => rules::arm(state),
-        }?)
+        Ok(rules::decide(operation, state, &forks)?)
     }
 
     async fn act(

@@ -8,7 +8,7 @@ use stencil_core::state::render_table;
 use stencil_core::{Decision, ForkFrom, ForkRequest, MemoryMode, Operation, State, rules};
 
 use crate::given;
-use crate::rules::{decide, forks};
+use crate::rules::forks;
 
 /// Fails unless the file has these lines, one after the other.
 fn has(file: &str, lines: &str) {
@@ -39,8 +39,8 @@ fn operations() -> String {
     {
         let (mut always, mut unless_used, mut already) = (Vec::new(), Vec::new(), Vec::new());
         for state in State::ALL {
-            let alone = decide(operation, state, &[]).unwrap();
-            let used = decide(operation, state, &forks(1)).unwrap();
+            let alone = rules::decide(operation, state, &[]);
+            let used = rules::decide(operation, state, &forks(1));
             match (alone, used) {
                 (Ok(Decision::Act), Ok(Decision::Act)) => always.push(state),
                 (Ok(Decision::Act), _) => unless_used.push(state),

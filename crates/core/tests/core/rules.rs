@@ -18,38 +18,12 @@ pub(crate) fn forks(count: usize) -> Vec<LiveFork> {
         .collect()
 }
 
-/// Every operation but fork, as one function.
-pub(crate) fn decide(
-    operation: Operation,
-    state: State,
-    forks: &[LiveFork],
-) -> Option<Result<Decision, Refusal>> {
-    Some(match operation {
-        Operation::Start => rules::start(state),
-        Operation::Stop => rules::stop(state, forks),
-        Operation::Pause => rules::pause(state),
-        Operation::Resume => rules::resume(state),
-        Operation::Standby => rules::standby(state),
-        Operation::Restore => rules::restore(state),
-        Operation::Promote => rules::promote(state),
-        Operation::Demote => rules::demote(state, forks),
-        Operation::RecordHotPages => rules::record_hot_pages(state),
-        Operation::Arm => rules::arm(state),
-        Operation::Delete => rules::delete(state, forks),
-        Operation::Fork => return None,
-    })
-}
-
 #[test]
 fn every_operation_in_every_state() {
     let mut table = String::new();
     for operation in Operation::ALL {
         for state in State::ALL {
-            let result = decide(operation, state, &[]).unwrap_or_else(|| {
-                let request = ForkRequest::default();
-                rules::fork(&given::minimal(), state, &request, MemoryMode::Cow).map(|_| Decision::Act)
-            });
-            let outcome = match result {
+            let outcome = match rules::decide(operation, state, &[]) {
                 Ok(decision) => format!("{decision:?}"),
                 Err(refusal) => format!("{}: {refusal}", refusal.code()),
             };
@@ -61,6 +35,18 @@ fn every_operation_in_every_state() {
         "a refusal must say what would be right"
     );
     insta::assert_snapshot!(table);
+}
+
+#[test]
+fn a_fork_is_decided_as_its_plan_is() {
+    for state in State::ALL {
+        let plan = rules::fork(&given::minimal(), state, &ForkRequest::default(), MemoryMode::Cow);
+        assert_eq!(
+            rules::decide(Operation::Fork, state, &forks(1)),
+            plan.map(|_| Decision::Act),
+            "{state}"
+        );
+    }
 }
 
 /// The way that each lifecycle operation takes from each state in which it acts.
@@ -93,13 +79,16 @@ fn path(operation: Operation, state: State) -> Option<&'static [State]> {
 fn an_operation_acts_exactly_where_the_table_has_a_path_for_it() {
     for operation in Operation::ALL {
         for state in State::ALL {
-            let Some(result) = decide(operation, state, &[]) else {
-                continue;
-            };
-            if operation == Operation::Delete {
-                // Delete ends in no state.
-                assert_eq!(result, Ok(Decision::Act), "delete in {state}");
-                continue;
+            let result = rules::decide(operation, state, &[]);
+            match operation {
+                // It ends in no state.
+                Operation::Delete => {
+                    assert_eq!(result, Ok(Decision::Act), "delete in {state}");
+                    continue;
+                }
+                // The source stays as it is.
+                Operation::Fork => continue,
+                _ => {}
             }
             let path = path(operation, state);
             assert_eq!(
@@ -133,8 +122,8 @@ fn there_is_nothing_to_do_where_the_goal_is_reached() {
         (Operation::Restore, State::Initializing),
     ] {
         assert_eq!(
-            decide(operation, state, &[]),
-            Some(Ok(Decision::AlreadyThere)),
+            rules::decide(operation, state, &[]),
+            Ok(Decision::AlreadyThere),
             "{operation} in {state}"
         );
     }
@@ -144,7 +133,7 @@ fn there_is_nothing_to_do_where_the_goal_is_reached() {
 fn stop_demote_and_delete_of_a_template_are_refused_while_a_fork_lives() {
     let forks = forks(2);
     for operation in [Operation::Stop, Operation::Demote, Operation::Delete] {
-        let refusal = decide(operation, State::Template, &forks).unwrap().unwrap_err();
+        let refusal = rules::decide(operation, State::Template, &forks).unwrap_err();
         assert_eq!(refusal.code(), "template_in_use");
         assert_eq!(
             refusal.to_string(),
@@ -164,7 +153,9 @@ fn stop_demote_and_delete_of_a_template_are_refused_while_a_fork_lives() {
 fn delete_is_refused_while_a_fork_lives_also_where_the_state_is_unknown() {
     for state in State::ALL {
         assert_eq!(
-            rules::delete(state, &forks(1)).unwrap_err().code(),
+            rules::decide(Operation::Delete, state, &forks(1))
+                .unwrap_err()
+                .code(),
             "template_in_use",
             "{state}"
         );
@@ -174,7 +165,7 @@ fn delete_is_refused_while_a_fork_lives_also_where_the_state_is_unknown() {
 #[test]
 fn a_refusal_names_a_few_forks_and_carries_all() {
     let forks = forks(64);
-    let refusal = rules::delete(State::Template, &forks).unwrap_err();
+    let refusal = rules::decide(Operation::Delete, State::Template, &forks).unwrap_err();
     assert_eq!(
         refusal.to_string(),
         "cannot delete while forks of the template live: \
@@ -186,9 +177,7 @@ fn a_refusal_names_a_few_forks_and_carries_all() {
 #[test]
 fn only_delete_is_allowed_where_the_state_is_unknown() {
     for operation in Operation::ALL {
-        let Some(result) = decide(operation, State::Unknown, &[]) else {
-            continue;
-        };
+        let result = rules::decide(operation, State::Unknown, &[]);
         assert_eq!(result.is_ok(), operation == Operation::Delete, "{operation}");
     }
 }

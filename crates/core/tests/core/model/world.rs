@@ -72,20 +72,7 @@ impl World {
     pub(super) fn operate(&mut self, index: usize, operation: Operation, stop_at_created: bool) -> Verdict {
         let facts = self.instances[index].clone().unwrap();
         let (state, forks) = (facts.state(), self.live_forks(facts.metadata.id));
-        let decision = match operation {
-            Operation::Start => rules::start(state),
-            Operation::Stop => rules::stop(state, &forks),
-            Operation::Pause => rules::pause(state),
-            Operation::Resume => rules::resume(state),
-            Operation::Standby => rules::standby(state),
-            Operation::Restore => rules::restore(state),
-            Operation::Promote => rules::promote(state),
-            Operation::Demote => rules::demote(state, &forks),
-            Operation::RecordHotPages => rules::record_hot_pages(state),
-            Operation::Arm => rules::arm(state),
-            Operation::Delete => rules::delete(state, &forks),
-            Operation::Fork => unreachable!("has its own event"),
-        };
+        let decision = rules::decide(operation, state, &forks);
         if decision == Ok(Decision::Act) {
             let ready = matches!(facts.vmm, VmmFacts::Up { ready: true, .. });
             let Facts {
