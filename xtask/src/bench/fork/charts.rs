@@ -20,6 +20,8 @@ pub(super) const LATENCY: &str = "fork-latency.svg";
 pub(super) const MEMORY_USE: &str = "fleet-memory.svg";
 
 const SIZE: (u32, u32) = (860, 440);
+/// About so many numbers are wanted along the time or the forks.
+const LABELS: usize = 12;
 const TEXT: (&str, u32) = ("sans-serif", 15);
 const TITLE: (&str, u32) = ("sans-serif", 18);
 
@@ -29,6 +31,15 @@ const ORANGE: RGBColor = RGBColor(230, 159, 0);
 const BLUE: RGBColor = RGBColor(0, 114, 178);
 const GREEN: RGBColor = RGBColor(0, 158, 115);
 const RED: RGBColor = RGBColor(213, 94, 0);
+
+/// What stands around the lines.
+struct Frame {
+    file: &'static str,
+    title: &'static str,
+    axes: [&'static str; 2],
+    /// Where no line is.
+    legend: SeriesLabelPosition,
+}
 
 /// A line of a chart.
 struct Line {
@@ -63,9 +74,13 @@ pub(super) fn latency(findings: &Findings) -> Result<String, BenchError> {
     let times = || lines.iter().flat_map(|line| &line.points).map(|(time, _)| *time);
     let (least, most) = (times().fold(f64::INFINITY, f64::min), times().fold(0.0, f64::max));
     let x = (least * 0.8..most * 1.2).log_scale();
-    let title = "Forks of a 512 MiB template, one by one: share that had come so far";
-    let axes = ["milliseconds since the request", "%"];
-    draw(LATENCY, title, axes, x, 0.0..100.0, &lines)
+    let frame = Frame {
+        file: LATENCY,
+        title: "Forks of a 512 MiB template, one by one: share that had come so far",
+        axes: ["milliseconds since the request", "%"],
+        legend: SeriesLabelPosition::LowerRight,
+    };
+    draw(&frame, x, 0.0..100.0, &lines)
 }
 
 /// Each value with the share, in percent, of those that are not larger.
@@ -103,27 +118,24 @@ pub(super) fn memory(fleet: &Fleet) -> Result<String, BenchError> {
     let all = || lines.iter().flat_map(|line| &line.points);
     let forks = all().map(|(forks, _)| *forks).fold(1.0, f64::max);
     let most = all().map(|(_, bytes)| *bytes).fold(1.0, f64::max);
-    let title = "Live forks of one 512 MiB template, each of which has written";
-    let axes = ["forks", "MiB"];
-    draw(MEMORY_USE, title, axes, 0.0..forks, 0.0..most * 1.05, &lines)
+    let frame = Frame {
+        file: MEMORY_USE,
+        title: "Live forks of one 512 MiB template, each of which has written",
+        axes: ["forks", "MiB"],
+        legend: SeriesLabelPosition::UpperLeft,
+    };
+    draw(&frame, 0.0..forks, 0.0..most * 1.05, &lines)
 }
 
 /// Draws lines from left to right, with a legend.
-fn draw<X>(
-    what: &'static str,
-    title: &str,
-    axes: [&str; 2],
-    x: X,
-    y: Range<f64>,
-    lines: &[Line],
-) -> Result<String, BenchError>
+fn draw<X>(frame: &Frame, x: X, y: Range<f64>, lines: &[Line]) -> Result<String, BenchError>
 where
     X: AsRangedCoord<Value = f64>,
     X::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
     let mut svg = String::new();
-    draw_to(&mut svg, title, axes, x, y, lines).map_err(|error| BenchError::Chart {
-        what,
+    draw_to(&mut svg, frame, x, y, lines).map_err(|error| BenchError::Chart {
+        what: frame.file,
         why: error.to_string(),
     })?;
     // Files end with a line's end.
@@ -133,8 +145,7 @@ where
 
 fn draw_to<X>(
     svg: &mut String,
-    title: &str,
-    [x_axis, y_axis]: [&str; 2],
+    frame: &Frame,
     x: X,
     y: Range<f64>,
     lines: &[Line],
@@ -146,7 +157,7 @@ where
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE).map_err(|error| error.to_string())?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(title, TITLE)
+        .caption(frame.title, TITLE)
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(60)
@@ -154,8 +165,11 @@ where
         .map_err(|error| error.to_string())?;
     chart
         .configure_mesh()
-        .x_desc(x_axis)
-        .y_desc(y_axis)
+        .x_desc(frame.axes[0])
+        .y_desc(frame.axes[1])
+        .x_labels(LABELS)
+        .x_label_formatter(&|value| plain(*value))
+        .y_label_formatter(&|value| plain(*value))
         .label_style(TEXT)
         .axis_desc_style(TEXT)
         .light_line_style(WHITE)
@@ -171,7 +185,7 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(frame.legend.clone())
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.2))
         .label_font(TEXT)
@@ -182,9 +196,23 @@ where
     Ok(())
 }
 
+/// A number without decimals that say nothing.
+fn plain(value: f64) -> String {
+    let text = format!("{value:.2}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_along_an_axis_are_short() {
+        assert_eq!(
+            [0.05, 0.5, 1.0, 10.0, 500.0].map(plain),
+            ["0.05", "0.5", "1", "10", "500"]
+        );
+    }
 
     #[test]
     fn shares_rise_to_all_of_them() {
@@ -199,14 +227,13 @@ mod tests {
             colour: BLUE,
             points: vec![(1.0, 0.0), (100.0, 50.0)],
         }];
-        let svg = draw(
-            LATENCY,
-            "title",
-            ["across", "up"],
-            (1.0..100.0).log_scale(),
-            0.0..100.0,
-            &lines,
-        );
+        let frame = Frame {
+            file: LATENCY,
+            title: "title",
+            axes: ["across", "up"],
+            legend: SeriesLabelPosition::LowerRight,
+        };
+        let svg = draw(&frame, (1.0..100.0).log_scale(), 0.0..100.0, &lines);
         let svg = svg.expect("it can be drawn");
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
         assert!(

@@ -1,5 +1,6 @@
 //! A server of its own, with templates whose hot pages are known.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -17,6 +18,8 @@ use crate::server::Server;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked whether it is there.
 const TICK: Duration = Duration::from_millis(2);
+/// After how long it is asked again for armed forks that do not come.
+const AGAIN: Duration = Duration::from_secs(2);
 /// How many calls are made at a time where many instances are dealt with; each waits for its guest or its VMM's end.
 const AT_A_TIME: usize = 8;
 
@@ -88,17 +91,29 @@ impl World {
 
     /// Keeps `count` forks of a template prepared, and waits until they are.
     pub(super) fn arm(&self, template: &str, count: u32) -> Result<(), BenchError> {
-        let path = format!("/instances/{template}");
-        let body = Body::Json(json!({"armed": count}));
-        self.expect(self.client.call(Method::PATCH, &path, body)?)?;
+        self.set_armed(template, &json!(count))?;
         self.until_armed(template)
     }
 
-    /// Waits until as many forks of a template are prepared as are to be.
+    fn set_armed(&self, template: &str, count: &Value) -> Result<(), BenchError> {
+        let path = format!("/instances/{template}");
+        let body = Body::Json(json!({"armed": count}));
+        self.expect(self.client.call(Method::PATCH, &path, body)?)
+            .map(drop)
+    }
+
+    /// Waits until as many forks of a template are prepared as are to be. Those that went when the host was short of
+    /// memory are made again when somebody asks.
     pub(super) fn until_armed(&self, template: &str) -> Result<(), BenchError> {
+        let asked = Cell::new(Instant::now());
         self.until(&format!("armed forks of {template}"), || {
             let armed = &self.get(template)?["armed"];
-            Ok(armed["ready"].is_u64() && armed["ready"] == armed["target"])
+            let all = armed["ready"].is_u64() && armed["ready"] == armed["target"];
+            if !all && asked.get().elapsed() > AGAIN {
+                asked.set(Instant::now());
+                self.set_armed(template, &armed["target"])?;
+            }
+            Ok(all)
         })
     }
 
