@@ -52,6 +52,8 @@ pub(crate) enum DemoError {
     },
     #[error("{WARM} was not ready in {} s", READY_LIMIT.as_secs())]
     NotReady,
+    #[error("forks were not armed in time; is this host short of memory?")]
+    NotArmed,
     #[error("could not watch the data directory")]
     Watch(#[from] rustix::io::Errno),
 }

@@ -219,7 +219,7 @@ impl Client {
     /// `POST /instances/{id}/fork`
     ///
     /// # Errors
-    /// [`ClientError`]; refused with `invalid_state`, `invalid_request` or `name_conflict`.
+    /// [`ClientError`]; refused with `invalid_state`, `invalid_request`, `name_conflict` or `insufficient_resources`.
     pub async fn fork(&self, id: &str, asked: &ForkOne) -> Result<Instance> {
         self.tell(Method::POST, &instance(id, "/fork"), asked).await
     }

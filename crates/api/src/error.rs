@@ -164,6 +164,7 @@ fn no_room(shortage: &Shortage, message: String) -> ApiError {
     .with("needed", shortage.needed)
     .with("available", shortage.available)
     .with("room_for", shortage.room_for)
+    .with("armed", shortage.armed)
 }
 
 fn store(error: &StoreError) -> ApiError {
@@ -270,6 +271,7 @@ mod tests {
                 needed: 300,
                 available: 12,
                 room_for: 12,
+                armed: 0,
             }
             .into(),
             EngineError::NoConsole(id()),

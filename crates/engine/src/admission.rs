@@ -9,7 +9,7 @@ use rustix::fs::OFlags;
 use stencil_core::rules::{ForkFrom, ForkPlan};
 use stencil_core::{MemoryMode, Readiness, State, VmSpec};
 
-use crate::limits::{Needs, Promise};
+use crate::limits::{Needs, Promise, Shortage};
 use crate::registry::Slot;
 use crate::{CreateRequest, Engine, EngineError, kernel};
 
@@ -59,15 +59,19 @@ impl Engine {
         Ok(spec)
     }
 
-    /// Promises `count` forks of a source what they need of this host, before any is begun. Those that begin without a VMM
-    /// need nothing of it.
+    /// Promises those of `count` forks that are not `armed` what they need of this host, before any is begun. Those that
+    /// begin without a VMM need nothing of it.
     pub(crate) fn admit_forks(
         &self,
         source: &Slot,
         spec: &VmSpec,
         plan: &ForkPlan,
         count: u32,
+        armed: usize,
     ) -> Result<Option<Promise>, EngineError> {
+        // It is not more than `count`.
+        let armed = u32::try_from(armed).unwrap_or(count);
+        let count = count.saturating_sub(armed);
         if count == 0 || !matches!(plan.target, State::Running | State::Paused) {
             return Ok(None);
         }
@@ -84,7 +88,8 @@ impl Engine {
         let each = Needs::of_fork(plan.memory_mode, spec.vcpus, data_bytes);
         let watched = self.inner.watcher.watched() as u64;
         let supplies = self.inner.host.supplies(watched);
-        Ok(Some(self.inner.promises.promise(count, each, &supplies)?))
+        let promise = self.inner.promises.promise(count, each, &supplies);
+        Ok(Some(promise.map_err(|shortage| Shortage { armed, ..shortage })?))
     }
 }
 

@@ -6,14 +6,14 @@
 //! swept like every other operation that did not end.
 //!
 //! A pool is filled behind the request that made room in it: one fork at a time on the whole server, none while the
-//! host is short of memory. Nothing looks at a pool that is full.
+//! host is short of memory; then it is looked at again later. Nothing looks at a pool that is full.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stencil_core::rules::{self, Operation};
-use stencil_core::{Durability, InstanceId, MemoryMode, Metadata, error_chain};
+use stencil_core::{Durability, InstanceId, Metadata, error_chain};
 
 use crate::hot_pages::HotPagesUse;
 use crate::instance::{Armed, Stopwatch};
@@ -25,11 +25,13 @@ use crate::{Engine, EngineError, ForkRequest, Instance};
 /// The most forks of one template that are kept prepared.
 pub const MAX_ARMED: u32 = 1024;
 
-/// How long a pool waits before it is filled: the forks that made room in it go first.
+/// How long a pool waits before it is filled: the answer to who made room in it goes first.
 const BEHIND: Duration = Duration::from_millis(2);
 
-/// How armed forks are restored: as forks that do not ask for a mode.
-const MODE: MemoryMode = MemoryMode::Cow;
+/// When a pool is looked at again that the host has no memory for.
+const WHEN_SHORT: Duration = Duration::from_secs(10);
+/// When it is tried again to arm a fork after an error.
+const AFTER_ERROR: Duration = Duration::from_secs(60);
 
 /// The armed forks of one template.
 #[derive(Debug, Default)]
@@ -43,10 +45,22 @@ struct Kept {
     closed: bool,
 }
 
+/// A fork that is kept prepared.
 #[derive(Debug)]
-struct ArmedFork {
+pub(crate) struct ArmedFork {
     fork: PreparedFork,
     has_hot_pages: bool,
+}
+
+impl ArmedFork {
+    /// It, if it lives.
+    pub(crate) fn alive(self) -> Option<PreparedFork> {
+        let lives = self.fork.is_alive();
+        if !lives {
+            tracing::warn!(fork = %self.fork.id, "an armed fork has died; another is taken");
+        }
+        lives.then_some(self.fork)
+    }
 }
 
 /// Whether a task fills the pool.
@@ -60,18 +74,18 @@ enum Refill {
 }
 
 impl Pool {
-    /// An armed fork that lives; those that have died go.
-    pub(crate) fn take(&self, mode: MemoryMode) -> Option<PreparedFork> {
-        if mode != MODE {
-            return None;
-        }
-        loop {
-            let ArmedFork { fork, .. } = self.kept().ready.pop_front()?;
-            if fork.is_alive() {
-                return Some(fork);
+    /// So many armed forks that live, or as many as there are; those that have died go.
+    pub(crate) fn take(&self, count: u32) -> Vec<ArmedFork> {
+        let mut kept = self.kept();
+        let mut taken = Vec::new();
+        while taken.len() < count as usize
+            && let Some(armed) = kept.ready.pop_front()
+        {
+            if armed.fork.is_alive() {
+                taken.push(armed);
             }
-            tracing::warn!(fork = %fork.id, "an armed fork has died; another is taken");
         }
+        taken
     }
 
     /// How many can be taken.
@@ -81,12 +95,6 @@ impl Pool {
             .iter()
             .filter(|armed| armed.fork.is_alive())
             .count()
-    }
-
-    /// How many there are for forks of this mode, with those that have died unnoticed.
-    pub(crate) fn kept_for(&self, mode: MemoryMode) -> u32 {
-        let kept = if mode == MODE { self.len() } else { 0 };
-        u32::try_from(kept).unwrap_or(u32::MAX)
     }
 
     /// How many there are, with those that have died unnoticed.
@@ -115,7 +123,7 @@ impl Pool {
     }
 
     /// Gives it back where nothing is kept any more.
-    fn put(&self, armed: ArmedFork) -> Option<PreparedFork> {
+    pub(crate) fn put(&self, armed: ArmedFork) -> Option<PreparedFork> {
         let mut kept = self.kept();
         if kept.closed {
             return Some(armed.fork);
@@ -152,8 +160,8 @@ enum ArmOne {
     Done,
     /// There are enough, or there are to be none.
     Enough,
-    /// The host is short of memory.
-    Short,
+    /// Not now.
+    Later(Duration),
 }
 
 impl Engine {
@@ -215,18 +223,15 @@ impl Engine {
             tokio::time::sleep(BEHIND).await;
             loop {
                 let Some(inner) = engine.upgrade() else { return };
-                let one = (Self { inner }).arm_one(&slot).await;
+                let one = (Self { inner }).arm_one(&slot).await.unwrap_or_else(|error| {
+                    tracing::warn!(instance = %slot.id, error = error_chain(&error), "no fork could be armed");
+                    ArmOne::Later(AFTER_ERROR)
+                });
                 match one {
-                    Ok(ArmOne::Done) => slot.tell(),
-                    Ok(ArmOne::Enough | ArmOne::Short) if slot.pool.end_refill() => return,
-                    Ok(ArmOne::Enough | ArmOne::Short) => {}
-                    Err(error) => {
-                        // The next request for a fork tries again.
-                        tracing::warn!(instance = %slot.id, error = error_chain(&error), "no fork could be armed");
-                        if slot.pool.end_refill() {
-                            return;
-                        }
-                    }
+                    ArmOne::Done => slot.tell(),
+                    ArmOne::Enough if slot.pool.end_refill() => return,
+                    ArmOne::Enough => {}
+                    ArmOne::Later(after) => tokio::time::sleep(after).await,
                 }
             }
         });
@@ -248,16 +253,16 @@ impl Engine {
             return Ok(ArmOne::Enough);
         }
         if self.inner.pressure.is_short() {
-            tracing::info!(instance = %slot.id, "no fork is armed while the host is short of memory");
-            return Ok(ArmOne::Short);
+            tracing::debug!(instance = %slot.id, "no fork is armed while the host is short of memory");
+            return Ok(ArmOne::Later(WHEN_SHORT));
         }
         let Some(snapshot) = &base.snapshot else {
             return Ok(ArmOne::Enough);
         };
-        let _promise = match self.admit_forks(slot, &base.metadata.spec, &base.plan, 1) {
+        let _promise = match self.admit_forks(slot, &base.metadata.spec, &base.plan, 1, 0) {
             Err(EngineError::NoRoom(shortage)) => {
-                tracing::info!(instance = %slot.id, %shortage, "no fork is armed");
-                return Ok(ArmOne::Short);
+                tracing::debug!(instance = %slot.id, %shortage, "no fork is armed");
+                return Ok(ArmOne::Later(WHEN_SHORT));
             }
             admitted => admitted?,
         };

@@ -6,7 +6,7 @@ use stencil_core::rules::{self, Decision, Operation};
 use stencil_core::{Durability, Metadata, State, StoreError, error_chain};
 use stencil_vmm::stray_processes;
 
-use crate::registry::Slot;
+use crate::registry::{Reservation, Slot};
 use crate::{Engine, EngineError};
 
 impl Engine {
@@ -41,6 +41,14 @@ impl Engine {
 
     /// Ends the VM, if any, and removes the instance from disk and from the registry. The caller has its lock.
     pub(crate) async fn discard(&self, slot: &Arc<Slot>) -> Result<(), EngineError> {
+        self.discard_but_name(slot).await.map(drop)
+    }
+
+    /// The same, but nobody else can take its name, if it has one, before the reservation is dropped.
+    pub(crate) async fn discard_but_name(
+        &self,
+        slot: &Arc<Slot>,
+    ) -> Result<Option<Reservation>, EngineError> {
         self.disarm(slot).await;
         let record = self.read(&slot.id);
         // Where the record tells the VMM, its end is proved. Else only the host knows it, and asking the host costs a look
@@ -67,7 +75,6 @@ impl Engine {
         }
         let id = slot.id;
         self.on_disk(move |store| store.remove(&id)).await?;
-        self.inner.registry.remove(slot);
-        Ok(())
+        Ok(self.inner.registry.remove(slot))
     }
 }

@@ -1,6 +1,6 @@
 //! Forking: new machines that go on where a source stopped.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
 use stencil_core::{
@@ -10,6 +10,7 @@ use stencil_core::{
 use stencil_vmm::{ProcessError, VmmError};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
+use crate::armed::{ArmedFork, end_all};
 use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
@@ -125,8 +126,8 @@ impl Engine {
     }
 
     /// Observes the source and decides; puts a running source on standby. The base keeps the source's lock, so that
-    /// nothing can demote, wake or delete it before its forks are on disk. It promises what `count` forks need, those left
-    /// out that are armed.
+    /// nothing can demote, wake or delete it before its forks are on disk. It has those of `count` forks that are armed, and
+    /// promises what the others need.
     pub(crate) async fn fork_base(
         &self,
         source: &Arc<Slot>,
@@ -140,11 +141,18 @@ impl Engine {
         };
         let seen = self.observe(source).await?;
         let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
-        let to_start = match plan.fork_of_template {
-            Some(_) => count.saturating_sub(source.pool.kept_for(plan.memory_mode)),
-            None => count,
+        let armed = if is_armed_for(&plan) {
+            source.pool.take(count)
+        } else {
+            Vec::new()
         };
-        let promise = self.admit_forks(source, &seen.metadata.spec, &plan, to_start)?;
+        let promise = match self.admit_forks(source, &seen.metadata.spec, &plan, count, armed.len()) {
+            Ok(promise) => promise,
+            Err(failed) => {
+                put_back(source, armed).await;
+                return Err(failed);
+            }
+        };
         let dir = self.dir(&source.id);
         let snapshot = match plan.from {
             ForkFrom::Config => None,
@@ -166,12 +174,15 @@ impl Engine {
             metadata: seen.metadata,
             plan,
             snapshot,
-            _promise: promise,
+            armed: Mutex::new(armed),
+            promise,
         })
     }
 
     /// The forks are made: a source that ran before runs again, and a template's armed forks are made up for.
     async fn release(&self, base: ForkBase, forks: Vec<InstanceName>) -> Result<(), EngineError> {
+        let unneeded = base.armed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        put_back(&base.source, unneeded).await;
         if base.plan.fork_of_template.is_some() && self.is_too_few_armed(&base.source, &base.metadata) {
             self.refill(&base.source);
         }
@@ -243,20 +254,23 @@ impl Engine {
         let id = InstanceId::generate();
         let hot_pages = self.use_of_hot_pages(base, snapshot, id)?;
         // One that records sees its guest's first touches, for which nothing may be there yet.
-        if base.plan.fork_of_template.is_some() && !matches!(hot_pages, HotPagesUse::Record(_)) {
-            while let Some(armed) = base.source.pool.take(base.plan.memory_mode) {
-                stopwatch.lap("take");
-                let name = reservation.name().clone();
-                let began = self
-                    .begin(base, snapshot, armed, reservation, stopwatch.clone())
-                    .await;
-                match began {
-                    Err(EngineError::Vmm { id, source }) => {
-                        tracing::warn!(fork = %id, error = error_chain(&source), "an armed fork failed; another is taken");
-                        reservation = self.inner.registry.reserve(name)?;
-                    }
-                    done => return done,
+        while !matches!(hot_pages, HotPagesUse::Record(_))
+            && let Some(armed) = base.next_armed()
+        {
+            stopwatch.lap("take");
+            match self
+                .begin(base, snapshot, armed, reservation, stopwatch.clone())
+                .await
+            {
+                Ok(fork) => return Ok(fork),
+                Err(NotBegun {
+                    error: EngineError::Vmm { id, source },
+                    reservation: Some(again),
+                }) => {
+                    tracing::warn!(fork = %id, error = error_chain(&source), "an armed fork failed; another is taken");
+                    reservation = again;
                 }
+                Err(NotBegun { error, .. }) => return Err(error),
             }
         }
         let permit = self.turn(&self.inner.bring_up).await;
@@ -265,7 +279,12 @@ impl Engine {
             .prepare(base, snapshot, id, hot_pages, &mut stopwatch)
             .await?;
         drop(permit);
-        self.begin(base, snapshot, prepared, reservation, stopwatch).await
+        if let Some(promise) = &base.promise {
+            promise.keep_one();
+        }
+        self.begin(base, snapshot, prepared, reservation, stopwatch)
+            .await
+            .map_err(|not_begun| not_begun.error)
     }
 
     /// Names a prepared fork and lets it run. Until its directory is renamed into place it does not exist for anybody
@@ -277,7 +296,7 @@ impl Engine {
         prepared: PreparedFork,
         reservation: Reservation,
         mut stopwatch: Stopwatch,
-    ) -> Result<Instance, EngineError> {
+    ) -> Result<Instance, NotBegun> {
         let PreparedFork {
             id,
             generation,
@@ -303,7 +322,7 @@ impl Engine {
         stopwatch.lap("record");
         if base.plan.target == State::Paused {
             slot.finished(stopwatch.timings());
-            return self.show(&slot).await;
+            return Ok(self.show(&slot).await?);
         }
         let awake = async {
             let changes = self.changes(&slot)?;
@@ -320,9 +339,9 @@ impl Engine {
         };
         let is_ready = match awake.await {
             Ok(is_ready) => is_ready,
-            Err(failed) => {
-                self.discard(&slot).await?;
-                return Err(failed);
+            Err(error) => {
+                let reservation = self.discard_but_name(&slot).await?;
+                return Err(NotBegun { error, reservation });
             }
         };
         stopwatch.lap("ready");
@@ -332,9 +351,43 @@ impl Engine {
             // All facts were seen a moment ago.
             Ok(self.show_running(&slot, metadata))
         } else {
-            self.show(&slot).await
+            Ok(self.show(&slot).await?)
         }
     }
+}
+
+/// Nothing has come of a prepared fork, and nothing is left of it but, where it can be tried again, its name.
+#[derive(Debug)]
+struct NotBegun {
+    error: EngineError,
+    reservation: Option<Reservation>,
+}
+
+impl<E: Into<EngineError>> From<E> for NotBegun {
+    fn from(error: E) -> Self {
+        Self {
+            error: error.into(),
+            reservation: None,
+        }
+    }
+}
+
+/// Armed forks are of a template, and restored as forks that do not ask for a mode.
+fn is_armed_for(plan: &ForkPlan) -> bool {
+    plan.fork_of_template.is_some()
+        && plan.memory_mode == MemoryMode::default()
+        && matches!(plan.target, State::Running | State::Paused)
+}
+
+/// Gives back to the pool what was not needed.
+async fn put_back(source: &Slot, armed: Vec<ArmedFork>) {
+    end_all(
+        armed
+            .into_iter()
+            .filter_map(|armed| source.pool.put(armed))
+            .collect(),
+    )
+    .await;
 }
 
 fn fork_metadata(base: &ForkBase, id: InstanceId, name: InstanceName, generation: VmGeneration) -> Metadata {
@@ -350,7 +403,26 @@ pub(crate) struct ForkBase {
     pub(crate) metadata: Metadata,
     pub(crate) plan: ForkPlan,
     pub(crate) snapshot: Option<SnapshotSource>,
-    _promise: Option<Promise>,
+    /// Taken from the source's pool for these forks.
+    armed: Mutex<Vec<ArmedFork>>,
+    promise: Option<Promise>,
+}
+
+impl ForkBase {
+    /// One of those that were taken, or one that came into the pool since.
+    fn next_armed(&self) -> Option<PreparedFork> {
+        if !is_armed_for(&self.plan) {
+            return None;
+        }
+        loop {
+            // Nothing panics while it holds this lock.
+            let taken = self.armed.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let armed = taken.or_else(|| self.source.pool.take(1).pop())?;
+            if let Some(fork) = armed.alive() {
+                return Some(fork);
+            }
+        }
+    }
 }
 
 /// Forks of something at rest are taken side by side; a running source is changed by being forked.

@@ -23,8 +23,9 @@
 //!
 //! # Locks
 //!
-//! One lock order, so that nothing can wait in a circle: (1) one instance's lock, shared by forks of a template, exclusive
-//! for everything else that changes it; (2) the registry's mutex, held for a look-up only and never across an await.
+//! One lock order, so that nothing can wait in a circle: (1) the turn to arm a fork, one on the whole server; (2) one
+//! instance's lock, shared by forks of a template, exclusive for everything else that changes it; (3) a turn to bring a
+//! VMM up; (4) the mutexes of the registry, the pools and the promises, held for a look-up only and never across an await.
 //! No operation holds the locks of two instances, except that a fork under construction is locked by its creator before
 //! anyone else can see it. Reads (get, list, wait, console) take no instance lock.
 //!

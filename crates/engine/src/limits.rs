@@ -5,6 +5,8 @@
 //! the point of them; so a fork counts for what its VMM needs even if its guest writes nothing.
 
 use std::fmt;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stencil_core::MemoryMode;
@@ -62,13 +64,15 @@ pub struct Shortage {
     pub resource: Resource,
     /// What sets the limit, such as `RLIMIT_NOFILE`.
     pub limit: &'static str,
-    /// How many forks were asked for.
+    /// How many forks would have to be started.
     pub count: u32,
+    /// How many were asked for beside them that are armed, and need nothing more.
+    pub armed: u32,
     /// What they need at least.
     pub needed: u64,
     /// What there is for them.
     pub available: u64,
-    /// How many forks there is room for.
+    /// How many can be started.
     pub room_for: u64,
 }
 
@@ -78,14 +82,19 @@ impl fmt::Display for Shortage {
             resource,
             limit,
             count,
+            armed,
             needed,
             available,
             room_for,
         } = self;
         let (forks, unit) = (if *count == 1 { "fork" } else { "forks" }, resource.unit());
+        write!(f, "{count} {forks} ")?;
+        if *armed > 0 {
+            write!(f, "beside {armed} armed ones ")?;
+        }
         write!(
             f,
-            "{count} {forks} would need at least {needed} {unit}, and {available} are left ({limit}): there is room for \
+            "would need at least {needed} {unit}, and {available} are left ({limit}): there is room for \
              {room_for}; "
         )?;
         f.write_str(match resource {
@@ -161,20 +170,24 @@ pub(crate) struct Supply {
 /// Refuses `count` forks that each need `each` where a supply, less what is promised to others, does not have it.
 fn check(count: u32, each: Needs, promised: Needs, supplies: &[Supply]) -> Result<(), Shortage> {
     let all = each.times(count);
-    let short = supplies.iter().find_map(|supply| {
+    let shortages = supplies.iter().filter_map(|supply| {
         let available = supply.left.saturating_sub(promised.of(supply.resource));
         let needed = all.of(supply.resource);
         (needed > available).then(|| Shortage {
             resource: supply.resource,
             limit: supply.limit,
             count,
+            armed: 0,
             needed,
             available,
             // Something is needed, or there would be no shortage.
             room_for: available / each.of(supply.resource).max(1),
         })
     });
-    short.map_or(Ok(()), Err)
+    // The one that leaves the least room: who asks for so many is not refused again.
+    shortages
+        .min_by_key(|shortage| shortage.room_for)
+        .map_or(Ok(()), Err)
 }
 
 /// What was promised to forks that are being made, so that two calls do not get the same.
@@ -191,11 +204,11 @@ impl Promises {
     ) -> Result<Promise, Shortage> {
         let mut promised = self.promised();
         check(count, each, *promised, supplies)?;
-        let needs = each.times(count);
-        *promised = promised.each(needs, u64::saturating_add);
+        *promised = promised.each(each.times(count), u64::saturating_add);
         Ok(Promise {
             promises: Arc::clone(self),
-            needs,
+            each,
+            left: AtomicU32::new(count),
         })
     }
 
@@ -209,13 +222,30 @@ impl Promises {
 #[derive(Debug)]
 pub(crate) struct Promise {
     promises: Arc<Promises>,
-    needs: Needs,
+    each: Needs,
+    /// How many forks have not taken yet what they were promised.
+    left: AtomicU32,
+}
+
+impl Promise {
+    /// A fork has what it was promised: what the host has left is less by it.
+    pub(crate) fn keep_one(&self) {
+        let one_less = |left: u32| left.checked_sub(1);
+        if self.left.fetch_update(Relaxed, Relaxed, one_less).is_ok() {
+            self.take_back(1);
+        }
+    }
+
+    fn take_back(&self, count: u32) {
+        let mut promised = self.promises.promised();
+        *promised = promised.each(self.each.times(count), u64::saturating_sub);
+    }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        let mut promised = self.promises.promised();
-        *promised = promised.each(self.needs, u64::saturating_sub);
+        let left = *self.left.get_mut();
+        self.take_back(left);
     }
 }
 
@@ -245,6 +275,30 @@ mod tests {
         assert_eq!(bytes(MemoryMode::Cow), VMM_BYTES);
         assert_eq!(bytes(MemoryMode::Copy), VMM_BYTES + GIB);
         assert_eq!(bytes(MemoryMode::Uffd), VMM_BYTES + GIB);
+    }
+
+    #[test]
+    fn of_two_shortages_the_one_with_less_room_is_told() {
+        let supplies = [
+            supply(Resource::Memory, 500 * VMM_BYTES),
+            supply(Resource::OpenFiles, 100),
+        ];
+        let shortage = check(1000, cow(), Needs::default(), &supplies).unwrap_err();
+        assert_eq!((shortage.resource, shortage.room_for), (Resource::OpenFiles, 100));
+        assert_eq!(check(100, cow(), Needs::default(), &supplies), Ok(()));
+    }
+
+    #[test]
+    fn a_promise_that_is_kept_is_promised_no_longer() {
+        let promises = Arc::new(Promises::default());
+        let supplies = [supply(Resource::OpenFiles, 3)];
+        let promise = promises.promise(3, cow(), &supplies).unwrap();
+        assert!(promises.promise(1, cow(), &supplies).is_err());
+        promise.keep_one();
+        assert!(promises.promise(2, cow(), &supplies).is_err());
+        let other = promises.promise(1, cow(), &supplies).unwrap();
+        drop((promise, other));
+        assert!(promises.promise(3, cow(), &supplies).is_ok());
     }
 
     #[test]

@@ -13,9 +13,9 @@ use crate::Engine;
 use crate::armed::end_all;
 use crate::host::Memory;
 
-/// Asks to be told when tasks have waited for memory for 200 ms of 2 s. A window of 2 s is what everyone may ask for
+/// Asks to be told when tasks have waited for memory for 600 ms of 2 s. A window of 2 s is what everyone may ask for
 /// (Linux, Documentation/accounting/psi.rst).
-const TRIGGER: &[u8] = b"some 200000 2000000\0";
+const TRIGGER: &[u8] = b"some 600000 2000000\0";
 /// Where the kernel tells.
 const PRESSURE: &str = "/proc/pressure/memory";
 /// How long after it was told the host still counts as short.
@@ -69,12 +69,16 @@ impl Engine {
                 told.clear_ready();
                 let Some(inner) = engine.upgrade() else { return };
                 inner.pressure.tell();
-                let forks: Vec<_> = inner
-                    .registry
-                    .all()
-                    .iter()
-                    .flat_map(|slot| slot.pool.empty())
-                    .collect();
+                let engine = Self { inner };
+                let mut forks = Vec::new();
+                for slot in engine.inner.registry.all() {
+                    let gone = slot.pool.empty();
+                    if !gone.is_empty() {
+                        // It finds the host short of memory, and looks again later.
+                        engine.refill(&slot);
+                        forks.extend(gone);
+                    }
+                }
                 if !forks.is_empty() {
                     tracing::warn!(armed = forks.len(), "the host is short of memory: armed forks go");
                     end_all(forks).await;

@@ -149,7 +149,7 @@ impl Slot {
         &self.changed
     }
 
-    fn runtime(&self) -> std::sync::MutexGuard<'_, Runtime> {
+    fn runtime(&self) -> MutexGuard<'_, Runtime> {
         // Nothing panics while it holds this lock, and each value in it is whole at any time.
         self.runtime.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -170,12 +170,13 @@ impl Registry {
         slot
     }
 
-    pub(crate) fn remove(&self, slot: &Slot) {
+    /// The instance is gone. Its name, if it has one, is free when the reservation is dropped.
+    pub(crate) fn remove(self: &Arc<Self>, slot: &Slot) -> Option<Reservation> {
         let mut index = self.index();
         index.slots.remove(&slot.id);
         index.unread.remove(&slot.id);
         if let Some(name) = &slot.name {
-            index.names.free(name);
+            index.names.give(name.clone(), Holder::Reserved);
         }
         if let Some(template) = slot.fork_of_template
             && let Some(forks) = index.forks.get_mut(&template)
@@ -186,6 +187,10 @@ impl Registry {
             }
         }
         slot.tell();
+        slot.name.clone().map(|name| Reservation {
+            registry: Arc::clone(self),
+            name: Some(name),
+        })
     }
 
     /// Something among the instances is none, and may be anybody's fork.
@@ -312,7 +317,7 @@ impl Registry {
         Ok(names.into_iter().map(reservation).collect())
     }
 
-    fn index(&self) -> std::sync::MutexGuard<'_, Index> {
+    fn index(&self) -> MutexGuard<'_, Index> {
         // Nothing panics while it holds this lock.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }

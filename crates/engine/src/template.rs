@@ -48,7 +48,7 @@ impl Engine {
 
     pub(crate) async fn demote_now(
         &self,
-        slot: &Slot,
+        slot: &Arc<Slot>,
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
@@ -56,6 +56,8 @@ impl Engine {
         stopwatch.lap("disarm");
         self.without_hot_pages(slot, rules::demoted(metadata), stopwatch)
             .await
+            // It still is a template.
+            .inspect_err(|_| self.refill(slot))
     }
 
     pub(crate) async fn forget_hot_pages(

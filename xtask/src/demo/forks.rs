@@ -18,6 +18,8 @@ const RULED: TableStyle = TableStyle::new()
     .header_separator(LineStyle::none().fill('─').junction('─'))
     .bottom_border(LineStyle::none().fill('─').junction('─'));
 
+/// How long forks may take to be armed; on a host that is short of memory none are.
+const ARM_LIMIT: Duration = Duration::from_secs(60);
 /// How often it is looked whether the reply has come while no fork is heard of.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -50,7 +52,11 @@ pub(super) fn arm(server: &Server, count: u32) -> Result<(), DemoError> {
     let client = server.client();
     let path = format!("/instances/{WARM}");
     expect(200, client.patch(&path, json!({"armed": count}))?)?;
+    let deadline = Instant::now() + ARM_LIMIT;
     while expect(200, client.get(&path)?)?["armed"]["ready"] != count {
+        if Instant::now() > deadline {
+            return Err(DemoError::NotArmed);
+        }
         std::thread::sleep(TICK);
     }
     Ok(())

@@ -21,8 +21,17 @@ const FILE_BYTES: u64 = 200 << 20;
 #[derive(Debug)]
 pub(super) struct Pressure {
     process: Child,
-    group: PathBuf,
     waited_before: Duration,
+    /// Removed after the process has ended.
+    _group: Group,
+}
+
+/// A memory cgroup; removed when this is dropped.
+#[derive(Debug)]
+struct Group {
+    path: PathBuf,
+    limit: &'static str,
+    members: &'static str,
 }
 
 impl Pressure {
@@ -36,8 +45,8 @@ impl Pressure {
         let file = scratch.join("read-over-and-over");
         // Written and not sparse: holes cost no memory.
         write_out(&file).map_err(Failure::file(&file))?;
-        let (group, limit, members) = group().map_err(skipped("no memory cgroup"))?;
-        fs::write(group.join(limit), GROUP_BYTES.to_string()).map_err(skipped(limit))?;
+        let group = Group::make().map_err(skipped("no memory cgroup"))?;
+        fs::write(group.path.join(group.limit), GROUP_BYTES.to_string()).map_err(skipped(group.limit))?;
         // It joins the group before it reads: who reads a page first pays for it.
         let mut command = Command::new("sh");
         command
@@ -46,12 +55,12 @@ impl Pressure {
                 "echo $$ > \"$1\" && while cat \"$0\" > /dev/null; do :; done",
             ])
             .arg(&file)
-            .arg(group.join(members))
+            .arg(group.path.join(group.members))
             .process_group(0);
         Ok(Self {
             process: command.spawn().map_err(skipped("sh"))?,
-            group,
             waited_before,
+            _group: group,
         })
     }
 
@@ -69,14 +78,35 @@ impl Drop for Pressure {
             let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         }
         let _ = self.process.wait();
+    }
+}
+
+impl Group {
+    /// Of the first or the second version of cgroups.
+    fn make() -> io::Result<Self> {
+        let name = format!("stencil-e2e-{}", std::process::id());
+        let first = Path::new("/sys/fs/cgroup/memory");
+        let (parent, limit, members) = if first.is_dir() {
+            (first, "memory.limit_in_bytes", "tasks")
+        } else {
+            (Path::new("/sys/fs/cgroup"), "memory.max", "cgroup.procs")
+        };
+        let path = parent.join(name);
+        fs::create_dir(&path)?;
+        Ok(Self { path, limit, members })
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
         // Members that have just been killed may still be in it for a moment.
         for _ in 0..1000 {
-            if fs::remove_dir(&self.group).is_ok() {
+            if fs::remove_dir(&self.path).is_ok() {
                 return;
             }
             std::thread::yield_now();
         }
-        eprintln!("{} could not be removed", self.group.display());
+        eprintln!("{} could not be removed", self.path.display());
     }
 }
 
@@ -100,18 +130,4 @@ fn waited() -> io::Result<Duration> {
     total
         .map(Duration::from_micros)
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// A new group, and the names of its files for the limit and the members: of the first or the second version of cgroups.
-fn group() -> io::Result<(PathBuf, &'static str, &'static str)> {
-    let name = format!("stencil-e2e-{}", std::process::id());
-    let first = Path::new("/sys/fs/cgroup/memory");
-    if first.is_dir() {
-        let group = first.join(name);
-        fs::create_dir(&group)?;
-        return Ok((group, "memory.limit_in_bytes", "tasks"));
-    }
-    let group = Path::new("/sys/fs/cgroup").join(name);
-    fs::create_dir(&group)?;
-    Ok((group, "memory.max", "cgroup.procs"))
 }

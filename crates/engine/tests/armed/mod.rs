@@ -22,7 +22,6 @@ impl House {
     /// Returns when so many forks of `warm` can be taken.
     async fn until_armed(&self, ready: usize) {
         let armed = async {
-            // The engine tells of each; a wait for a state that is not reached is told too, and looks again.
             while self.engine.get("warm").await.unwrap().armed.unwrap().ready != ready {
                 tokio::task::yield_now().await;
             }
@@ -32,11 +31,11 @@ impl House {
 
     /// Forks `warm`, and says whether the fork was taken from the pool.
     async fn taken(&self) -> (Instance, bool) {
-        let fork = self
-            .engine
-            .fork("warm", None, ForkRequest::default())
-            .await
-            .unwrap();
+        self.taken_by(ForkRequest::default()).await
+    }
+
+    async fn taken_by(&self, request: ForkRequest) -> (Instance, bool) {
+        let fork = self.engine.fork("warm", None, request).await.unwrap();
         let phases: Vec<&str> = fork
             .timings
             .as_ref()
@@ -147,7 +146,8 @@ async fn a_fork_in_another_memory_mode_is_not_taken_from_the_pool() {
         memory_mode: Some(MemoryMode::Uffd),
         ..ForkRequest::default()
     };
-    let fork = house.engine.fork("warm", None, request).await.unwrap();
+    let (fork, was_armed) = house.taken_by(request).await;
+    assert!(!was_armed);
     assert_eq!(fork.metadata.unwrap().memory_mode, Some(MemoryMode::Uffd));
     house.until_armed(1).await;
 }

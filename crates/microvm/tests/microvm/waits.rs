@@ -186,7 +186,10 @@ fn input_that_comes_while_a_restored_vm_waits_is_read_when_it_runs() {
     let snapshot = source.snapshot("s");
     let vmm = Vmm::restored(&snapshot, "Cow", None);
     let console = vmm.send("p");
-    while vmm.get("vm.counters").body["serial"]["bytes_in"] != 1 {}
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while vmm.get("vm.counters").body["serial"]["bytes_in"] != 1 {
+        assert!(Instant::now() < deadline, "the input does not arrive");
+    }
     vmm.done("vm.resume", &Value::Null);
     vmm.wait_for("restored\n");
     vmm.wait_for("pong\n");
