@@ -122,7 +122,7 @@ pub enum SerialMode {
     File,
     /// A Unix socket, both ways; and to a file where one is named.
     Socket,
-    /// The VMM's own terminal; the microVM does not have it.
+    /// The VMM's standard output, and its standard input if that is a terminal; the microVM does not have it.
     Tty,
     /// A pseudo-terminal; the microVM does not have it.
     Pty,

@@ -4,9 +4,12 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use stencil_core::layout::MAX_SOCKET_PATH;
+use stencil_core::{HypervisorName, MemoryMode};
 use stencil_vmm_api::ErrorBody;
 
 use crate::client::Call;
+use crate::cloud_hypervisor::SnapshotError;
 use crate::process::{Exit, ProcessError};
 
 /// Why a backend could not do what it was asked.
@@ -30,6 +33,18 @@ pub enum VmmError {
         source: io::Error,
     },
 
+    /// The path of the VMM's socket is longer than the system takes.
+    #[error(
+        "the path of the socket {} has {length} bytes and at most {MAX_SOCKET_PATH} fit; choose a shorter data directory",
+        path.display()
+    )]
+    SocketPath {
+        /// The socket.
+        path: PathBuf,
+        /// How long its path is, in bytes.
+        length: usize,
+    },
+
     /// The binary of the VMM could not be run.
     #[error("cannot start the VMM {}", binary.display())]
     Spawn {
@@ -46,6 +61,60 @@ pub enum VmmError {
         binary: PathBuf,
         /// The beginning of what it wrote.
         said: String,
+    },
+
+    /// The binary is of a version that this backend does not know.
+    #[error("{} is version {version}; this takes version {first} to {last}", binary.display())]
+    UnknownVersion {
+        /// The binary.
+        binary: PathBuf,
+        /// Its version.
+        version: String,
+        /// The first release that is known.
+        first: u32,
+        /// The last release that is known.
+        last: u32,
+    },
+
+    /// The VMM that was started is another version than its binary was when the server asked it.
+    #[error(
+        "{} was version {expected} and is version {running} now; start the server anew to use it",
+        binary.display()
+    )]
+    Replaced {
+        /// The binary.
+        binary: PathBuf,
+        /// What the server knows.
+        expected: String,
+        /// What the VMM says.
+        running: String,
+    },
+
+    /// The backend cannot bring memory back in this way.
+    #[error("{name} has no memory mode {mode}; ask for another one")]
+    MemoryMode {
+        /// The backend.
+        name: HypervisorName,
+        /// The mode.
+        mode: MemoryMode,
+    },
+
+    /// A file of a snapshot cannot be read.
+    #[error("cannot read {}, which is of a snapshot", path.display())]
+    SnapshotFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The snapshot is not one that this backend can bring back.
+    #[error("the snapshot {} cannot be used", path.display())]
+    Snapshot {
+        /// The snapshot's directory.
+        path: PathBuf,
+        /// Why not.
+        source: SnapshotError,
     },
 
     /// A path that must go into a request is not UTF-8, which JSON cannot carry.

@@ -110,6 +110,10 @@ pub struct Capabilities {
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that a VM can have.
     pub max_vcpus: u32,
+    /// Whether what is written to the console's socket is the guest's input. If not, there is no such socket.
+    pub console_input: bool,
+    /// Whether a restored guest is told who it is from now on: its generation id, its clock, and that it was restored.
+    pub tells_identity: bool,
 }
 
 /// What to restore, and how.

@@ -9,7 +9,7 @@
 //!     └── VmmProcess ── pidfd: is it alive, how did it end, make it end ──>  └─────────┘──> console.log, vmm.log
 //! ```
 //!
-//! - [`Hypervisor`] is the trait; a backend knows one VM at a time and no template. It keeps no state for an
+//! - [`Hypervisor`] is the trait, [`MicroVm`] and [`CloudHypervisor`] are its backends. A backend knows one VM at a time and no template. It keeps no state for an
 //!   instance: each call names the instance's directory, and everything else is found there.
 //! - [`Client`] speaks the REST contract of `stencil-vmm-api` to any VMM that has it, the microVM and Cloud
 //!   Hypervisor alike: each call has its deadline, its own connection, and a bounded reply.
@@ -36,13 +36,17 @@
 //! }
 //! ```
 
+mod binary;
 mod client;
+mod cloud_hypervisor;
 mod error;
 mod hypervisor;
 mod microvm;
 mod process;
+mod rest;
 
 pub use client::{Call, Client, MAX_REPLY_BYTES};
+pub use cloud_hypervisor::{CloudHypervisor, SnapshotError};
 pub use error::VmmError;
 pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, VmStatus};
 pub use microvm::MicroVm;

@@ -101,6 +101,8 @@ impl Hypervisor for Scripted {
         Capabilities {
             memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: 4,
+            console_input: false,
+            tells_identity: false,
         }
     }
 

@@ -7,24 +7,60 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use stencil_core::InstanceDir;
+use stencil_core::layout::MAX_SOCKET_PATH;
 
 use super::{KillGuard, VmmProcess};
 use crate::VmmError;
 
-/// Starts `binary` with `--api-socket fd=0` in `dir`.
+/// What is started, and how.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    /// The VMM's binary, by its absolute path.
+    pub(crate) binary: PathBuf,
+    /// Where its standard output goes. Its standard error goes to the instance's `vmm.log` in any case.
+    pub(crate) stdout: StandardOutput,
+    /// Which session it begins in.
+    pub(crate) session: Session,
+}
+
+/// Where a VMM's standard output goes; what is there already is kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum StandardOutput {
+    /// To `vmm.log`: the VMM speaks of itself.
+    Log,
+    /// To `console.log`: it is the guest's serial port.
+    Console,
+}
+
+/// The session that a VMM begins in. In the server's it would end with the server's terminal.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Session {
+    /// The server's, which the VMM then leaves by itself.
+    OfTheServer,
+    /// One of its own. This takes code between fork and exec, and so a copy of the server's page tables.
+    OfItsOwn,
+}
+
+/// Starts the VMM with `--api-socket fd=0` in `dir`.
 ///
 /// This blocks until the child has begun to execute: some 0.6 ms. std starts it by `posix_spawn`, which shares the
-/// parent's memory instead of copying its page tables, because nothing is asked that would need code between fork and exec.
+/// parent's memory instead of copying its page tables, unless the session asks for code between fork and exec.
 /// All descriptors but the three standard ones are closed on exec, as everything that std and rustix open is.
-pub(crate) fn spawn(binary: &Path, dir: &InstanceDir) -> Result<KillGuard, VmmError> {
+pub(crate) fn spawn(launch: &Launch, dir: &InstanceDir) -> Result<KillGuard, VmmError> {
     let socket = dir.vmm_socket();
-    let started = start(binary, dir, &socket);
+    let length = socket.as_os_str().as_bytes().len();
+    if length > MAX_SOCKET_PATH {
+        return Err(VmmError::SocketPath { path: socket, length });
+    }
+    let started = start(launch, dir, &socket);
     if started.is_err() {
         // Best effort: a socket without a listener refuses, and the next start removes it.
         let _ = fs::remove_file(&socket);
@@ -32,28 +68,32 @@ pub(crate) fn spawn(binary: &Path, dir: &InstanceDir) -> Result<KillGuard, VmmEr
     started
 }
 
-fn start(binary: &Path, dir: &InstanceDir, socket: &Path) -> Result<KillGuard, VmmError> {
+fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard, VmmError> {
     let listener = listen(socket).map_err(|source| VmmError::Prepare {
         path: socket.to_owned(),
         source,
     })?;
-    let log_path = dir.vmm_log();
-    let (stdout, stderr) = open_log(&log_path).map_err(|source| VmmError::Prepare {
-        path: log_path,
-        source,
+    let stderr = append_to(dir.vmm_log())?;
+    let stdout = append_to(match launch.stdout {
+        StandardOutput::Log => dir.vmm_log(),
+        StandardOutput::Console => dir.console_log(),
     })?;
 
-    let mut child = Command::new(binary)
+    let mut command = Command::new(&launch.binary);
+    command
         .args(["--api-socket", "fd=0"])
         .current_dir(dir.path())
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(stdout)
-        .stderr(stderr)
-        .spawn()
-        .map_err(|source| VmmError::Spawn {
-            binary: binary.to_owned(),
-            source,
-        })?;
+        .stderr(stderr);
+    if let Session::OfItsOwn = launch.session {
+        // SAFETY: what runs between fork and exec is one system call: it takes no lock and allocates nothing.
+        unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
+    }
+    let mut child = command.spawn().map_err(|source| VmmError::Spawn {
+        binary: launch.binary.clone(),
+        source,
+    })?;
     match VmmProcess::of_child(child.id()) {
         Ok(process) => Ok(process.kill_on_drop()),
         Err(error) => {
@@ -79,11 +119,13 @@ pub(crate) fn remove_socket(socket: &Path) -> io::Result<()> {
     }
 }
 
-fn open_log(path: &Path) -> io::Result<(Stdio, Stdio)> {
-    let log = OpenOptions::new()
+fn append_to(path: PathBuf) -> Result<Stdio, VmmError> {
+    let opened = OpenOptions::new()
         .create(true)
         .append(true)
         .mode(0o600)
-        .open(path)?;
-    Ok((log.try_clone()?.into(), log.into()))
+        .open(&path);
+    opened
+        .map(Stdio::from)
+        .map_err(|source| VmmError::Prepare { path, source })
 }

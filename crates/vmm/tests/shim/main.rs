@@ -5,8 +5,11 @@
     reason = "what fails here fails the test, also in what tests share"
 )]
 
+mod cloud_hypervisor;
+mod cloud_hypervisor_faults;
 mod directory;
 mod failures;
+mod fake;
 mod processes;
 mod replayer;
 mod requests;

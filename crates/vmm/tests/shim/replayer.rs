@@ -109,7 +109,7 @@ fn read_request(stream: &mut UnixStream) -> Request {
 }
 
 /// The files have plain line ends; on the wire the head has `\r\n`.
-fn recorded(name: &str) -> Vec<u8> {
+pub(crate) fn recorded(name: &str) -> Vec<u8> {
     let path = fixture("replies").join(format!("{name}.http"));
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let (head, body) = text.split_once("\n\n").unwrap();

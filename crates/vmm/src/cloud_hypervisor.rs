@@ -1,0 +1,249 @@
+//! The backend for Cloud Hypervisor, v51 to v53, as it is released.
+//!
+//! ```text
+//!   <instance>/vmm.sock      bound here, handed to it as standard input: `--api-socket fd=0`, so it makes no `.lock`
+//!              console.log   its standard output: the guest's serial port in mode `Tty`, appended
+//!              vmm.log       its standard error: what it says of itself
+//!              restoring/    while a VM is restored: the snapshot's files, rewritten for this instance
+//! ```
+//!
+//! A VM is created with one private memory zone, because only a zone can be given a file later: in
+//! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
+//! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the log says why.
+//!
+//! Its guests get no input through the serial port, which in mode `Tty` reads terminals only, and are not told their
+//! generation: it has no device for that.
+
+mod fork_plan;
+mod restore_dir;
+mod snapshot;
+
+use std::env;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
+use stencil_vmm_api::{
+    CpusConfig, MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, PayloadConfig, RestoreRequest,
+    SerialConfig, SerialMode, SnapshotRequest, VmConfig,
+};
+use tokio::sync::OnceCell;
+
+use crate::process::{Launch, Session, StandardOutput};
+use crate::rest::{absolute, file_url, utf8};
+use crate::{
+    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess, binary,
+    rest,
+};
+use restore_dir::RestoreDir;
+pub use snapshot::SnapshotError;
+
+/// The name under which instances ask for this backend.
+const NAME: HypervisorName = HypervisorName::from_static("cloud-hypervisor");
+/// File name of the binary.
+const BINARY: &str = "cloud-hypervisor";
+/// The releases whose API and snapshots are known.
+const KNOWN_RELEASES: std::ops::RangeInclusive<u32> = 51..=53;
+/// APIC ids have 8 bits where there is no interrupt remapping, and the last means all of them.
+const MAX_VCPUS: u32 = 254;
+/// Name of the memory zone.
+const ZONE: &str = "mem0";
+
+/// Cloud Hypervisor: one process, one VM, on `/dev/kvm`.
+#[derive(Debug)]
+pub struct CloudHypervisor {
+    binary: PathBuf,
+    version: OnceCell<String>,
+}
+
+impl CloudHypervisor {
+    /// With the binary at `binary`. Nothing is run yet.
+    pub fn new(binary: PathBuf) -> Self {
+        Self {
+            binary: absolute(&binary),
+            version: OnceCell::new(),
+        }
+    }
+
+    /// Where the binary is: in the first directory of `PATH` that has it.
+    pub fn find() -> Option<PathBuf> {
+        binary::find_in(BINARY, None, &env::var_os("PATH").unwrap_or_default())
+    }
+
+    /// That the VMM which answers is the version that the binary said. The binary may have been replaced since, and a
+    /// snapshot would then be recorded as another version's.
+    async fn check_version(&self, client: &Client) -> Result<(), VmmError> {
+        let expected = self.version().await?;
+        let running = without_v(&client.ping().await?.build_version).to_owned();
+        if running == expected {
+            Ok(())
+        } else {
+            Err(VmmError::Replaced {
+                binary: self.binary.clone(),
+                expected,
+                running,
+            })
+        }
+    }
+}
+
+#[async_trait]
+impl Hypervisor for CloudHypervisor {
+    fn name(&self) -> HypervisorName {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow],
+            max_vcpus: MAX_VCPUS,
+            console_input: false,
+            tells_identity: false,
+        }
+    }
+
+    async fn version(&self) -> Result<String, VmmError> {
+        let ask = async || {
+            let said = binary::ask_version(&self.binary).await?;
+            let version = without_v(&said).to_owned();
+            if release(&version).is_some_and(|release| KNOWN_RELEASES.contains(&release)) {
+                Ok(version)
+            } else {
+                Err(VmmError::UnknownVersion {
+                    binary: self.binary.clone(),
+                    version,
+                    first: *KNOWN_RELEASES.start(),
+                    last: *KNOWN_RELEASES.end(),
+                })
+            }
+        };
+        self.version.get_or_try_init(ask).await.cloned()
+    }
+
+    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+        let launch = Launch {
+            binary: self.binary.clone(),
+            stdout: StandardOutput::Console,
+            session: Session::OfItsOwn,
+        };
+        rest::spawn(launch, dir).await
+    }
+
+    async fn create(
+        &self,
+        dir: &InstanceDir,
+        spec: &VmSpec,
+        _generation: &VmGeneration,
+    ) -> Result<(), VmmError> {
+        let client = Client::new(dir)?;
+        self.check_version(&client).await?;
+        client.create(&vm_config(spec)?).await
+    }
+
+    async fn boot(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        Client::new(dir)?.boot().await
+    }
+
+    async fn pause(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        Client::new(dir)?.pause().await
+    }
+
+    async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError> {
+        Client::new(dir)?.resume().await
+    }
+
+    async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
+        let request = SnapshotRequest {
+            destination_url: file_url(destination.path())?,
+        };
+        Client::new(dir)?.snapshot(&request).await
+    }
+
+    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
+        let map = match request.memory_mode {
+            MemoryMode::Copy => false,
+            MemoryMode::Cow => true,
+            mode @ MemoryMode::Uffd => return Err(VmmError::MemoryMode { name: NAME, mode }),
+        };
+        let client = Client::new(dir)?;
+        self.check_version(&client).await?;
+        let (to, from) = (dir.clone(), request.snapshot.clone());
+        let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, map)).await;
+        let (files, not_mapped) = made.map_err(|error| VmmError::Prepare {
+            path: dir.path().to_owned(),
+            source: std::io::Error::other(error),
+        })??;
+        if let Some(why) = not_mapped {
+            tracing::warn!(instance = %dir.path().display(), "memory is copied instead of mapped: {why}");
+        }
+        let request = RestoreRequest {
+            source_url: file_url(files.path())?,
+            memory_restore_mode: MemoryRestoreMode::Copy,
+            ..RestoreRequest::default()
+        };
+        client.restore(&request).await
+    }
+
+    async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
+        Ok(rest::status(Client::new(dir)?.info().await?))
+    }
+
+    async fn page_counters(&self, _dir: &InstanceDir) -> Result<PageCounters, VmmError> {
+        // It serves no pages.
+        Ok(PageCounters::new())
+    }
+
+    async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
+        rest::stop(dir, vmm).await
+    }
+}
+
+/// The definition of the VM.
+fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
+    Ok(VmConfig {
+        cpus: CpusConfig {
+            boot_vcpus: spec.vcpus,
+            max_vcpus: spec.vcpus,
+        },
+        memory: MemoryConfig {
+            size: 0,
+            zones: vec![MemoryZoneConfig {
+                id: ZONE.to_owned(),
+                size: spec.memory_bytes,
+                ..MemoryZoneConfig::default()
+            }],
+        },
+        payload: Some(PayloadConfig {
+            kernel: Some(utf8(&spec.kernel)?),
+            initramfs: spec.initrd.as_deref().map(utf8).transpose()?,
+            cmdline: Some(spec.cmdline.clone()),
+        }),
+        serial: SerialConfig {
+            mode: SerialMode::Tty,
+            ..SerialConfig::default()
+        },
+        ..VmConfig::default()
+    })
+}
+
+/// `--version` says `v53.0`.
+fn without_v(version: &str) -> &str {
+    version.strip_prefix('v').unwrap_or(version)
+}
+
+/// The number of the release: 53 of `53.0` and of `53.0-12-g0a1b2c3`.
+fn release(version: &str) -> Option<u32> {
+    version.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_is_the_number_before_the_first_dot() {
+        assert_eq!(release("53.0"), Some(53));
+        assert_eq!(release("51.2-12-g0a1b2c3-dirty"), Some(51));
+        assert_eq!(release("next"), None);
+    }
+}

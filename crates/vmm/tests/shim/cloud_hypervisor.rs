@@ -1,0 +1,314 @@
+//! The backend for Cloud Hypervisor against the fake one: the life of a VM, and forks of it.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use insta::assert_snapshot;
+use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
+use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, VmmError};
+use tempfile::TempDir;
+
+use crate::directory::fixture;
+
+const MIB: u64 = 1 << 20;
+
+/// A backend with a fake Cloud Hypervisor, and a place for instances.
+pub(crate) struct World {
+    root: TempDir,
+    pub(crate) vmm: CloudHypervisor,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        Self::with("cloud-hypervisor v53.0\nMigration Protocol Versions: 1, 2\n", "")
+    }
+
+    pub(crate) fn with_fault(call: &str, fault: &str) -> Self {
+        Self::with("cloud-hypervisor v53.0\n", &format!("{call} {fault}\n"))
+    }
+
+    /// With what `--version` prints, and with faults.
+    pub(crate) fn with(version: &str, faults: &str) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let binary = root.path().join("cloud-hypervisor");
+        // The script finds what is beside its own name.
+        symlink(fixture("vmms/cloud-hypervisor"), &binary).unwrap();
+        symlink(std::env::current_exe().unwrap(), root.path().join("program")).unwrap();
+        fs::write(root.path().join("version"), version).unwrap();
+        fs::write(root.path().join("faults"), faults).unwrap();
+        Self {
+            root,
+            vmm: CloudHypervisor::new(binary),
+        }
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// The directory of a new instance.
+    pub(crate) fn instance(&self, name: &str) -> InstanceDir {
+        let dir = InstanceDir::new(self.root.path().join(name));
+        fs::create_dir(dir.path()).unwrap();
+        dir
+    }
+
+    /// Starts a VMM, which does not outlive the test.
+    pub(crate) async fn spawn(&self, dir: &InstanceDir) -> KillGuard {
+        self.vmm.spawn(dir).await.unwrap().kill_on_drop()
+    }
+
+    /// An instance with a running VM.
+    pub(crate) async fn running(&self, name: &str) -> (InstanceDir, KillGuard) {
+        let dir = self.instance(name);
+        let process = self.spawn(&dir).await;
+        self.vmm
+            .create(&dir, &spec(), &VmGeneration::random())
+            .await
+            .unwrap();
+        self.vmm.boot(&dir).await.unwrap();
+        (dir, process)
+    }
+
+    /// The snapshot of an instance that was resumed once and ended.
+    pub(crate) async fn snapshot(&self) -> SnapshotDir {
+        let (dir, process) = self.running("template").await;
+        self.vmm.pause(&dir).await.unwrap();
+        self.vmm.resume(&dir).await.unwrap();
+        self.vmm.pause(&dir).await.unwrap();
+        fs::create_dir(dir.snapshot().path()).unwrap();
+        self.vmm.snapshot(&dir, &dir.snapshot()).await.unwrap();
+        self.vmm.stop(&dir, &process).await.unwrap();
+        dir.snapshot()
+    }
+
+    pub(crate) async fn restore(
+        &self,
+        dir: &InstanceDir,
+        snapshot: &SnapshotDir,
+        memory_mode: MemoryMode,
+    ) -> Result<(), VmmError> {
+        let restore = Restore {
+            snapshot,
+            memory_mode,
+            generation: &VmGeneration::random(),
+            memory_generation: &"f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff".parse().unwrap(),
+            hot_pages: HotPages::Unused,
+        };
+        self.vmm.restore(dir, &restore).await
+    }
+
+    async fn phase(&self, dir: &InstanceDir) -> VmPhase {
+        self.vmm.info(dir).await.unwrap().phase
+    }
+
+    /// The requests that the fake was sent, the place of this world left out.
+    fn requests(&self, dir: &InstanceDir) -> String {
+        let log = fs::read_to_string(dir.vmm_log()).unwrap();
+        log.replace(self.root.path().to_str().unwrap(), "[root]")
+    }
+}
+
+pub(crate) fn spec() -> VmSpec {
+    let kernel = "/boot/guest.elf".into();
+    let mut spec = VmSpec::new("cloud-hypervisor".parse().unwrap(), kernel, 2, 64 * MIB);
+    spec.initrd = Some("/boot/initrd.img".into());
+    spec.cmdline = "console=ttyS0 quiet".to_owned();
+    spec
+}
+
+pub(crate) fn printed(dir: &InstanceDir) -> String {
+    fs::read_to_string(dir.console_log()).unwrap()
+}
+
+#[tokio::test]
+async fn a_vm_lives_from_create_to_shutdown() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    let process = world.spawn(&dir).await;
+    assert_eq!(world.phase(&dir).await, VmPhase::Undefined);
+    world
+        .vmm
+        .create(&dir, &spec(), &VmGeneration::random())
+        .await
+        .unwrap();
+    assert_eq!(world.phase(&dir).await, VmPhase::Created);
+    world.vmm.boot(&dir).await.unwrap();
+    assert_eq!(world.phase(&dir).await, VmPhase::Running);
+    world.vmm.pause(&dir).await.unwrap();
+    assert_eq!(world.phase(&dir).await, VmPhase::Paused);
+    world.vmm.resume(&dir).await.unwrap();
+    assert_eq!(world.phase(&dir).await, VmPhase::Running);
+    let exit = world.vmm.stop(&dir, &process).await.unwrap();
+    assert_eq!(exit.to_string(), "exit code 0", "it ended because it was asked");
+    assert!(!dir.vmm_socket().exists());
+    assert_eq!(printed(&dir), "booted\nresumed 1 in new memory\n");
+    assert_snapshot!(world.requests(&dir));
+}
+
+#[tokio::test]
+async fn forks_go_on_from_the_snapshot_in_both_memory_modes_and_leave_it_as_it_is() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let before = fs::read(template.memory_ranges()).unwrap();
+    for (name, mode, line) in [
+        ("fork-1", MemoryMode::Cow, "resumed 2 in mapped memory\n"),
+        ("fork-2", MemoryMode::Cow, "resumed 2 in mapped memory\n"),
+        ("fork-3", MemoryMode::Copy, "resumed 2 in copied memory\n"),
+    ] {
+        let dir = world.instance(name);
+        let process = world.spawn(&dir).await;
+        world.restore(&dir, &template, mode).await.unwrap();
+        assert_eq!(world.phase(&dir).await, VmPhase::Paused);
+        assert_eq!(left_in(&dir), ["console.log", "vmm.log", "vmm.sock"]);
+        world.vmm.resume(&dir).await.unwrap();
+        assert_eq!(printed(&dir), line);
+        world.vmm.stop(&dir, &process).await.unwrap();
+    }
+    assert!(fs::read(template.memory_ranges()).unwrap() == before);
+    assert_snapshot!(world.requests(&InstanceDir::new(world.file("fork-1"))));
+}
+
+/// The names in an instance's directory.
+pub(crate) fn left_in(dir: &InstanceDir) -> Vec<String> {
+    let entries = fs::read_dir(dir.path()).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn a_fork_s_own_snapshot_can_be_restored_in_both_memory_modes() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let dir = world.instance("fork");
+    let mut source = template;
+    for (mode, line) in [
+        (MemoryMode::Cow, "resumed 2 in mapped memory"),
+        (MemoryMode::Copy, "resumed 3 in copied memory"),
+        (MemoryMode::Cow, "resumed 4 in mapped memory"),
+    ] {
+        let process = world.spawn(&dir).await;
+        world.restore(&dir, &source, mode).await.unwrap();
+        world.vmm.resume(&dir).await.unwrap();
+        assert_eq!(printed(&dir).lines().last(), Some(line));
+        world.vmm.pause(&dir).await.unwrap();
+        source = SnapshotDir::new(dir.path().join(format!("after {line}")));
+        fs::create_dir(source.path()).unwrap();
+        world.vmm.snapshot(&dir, &source).await.unwrap();
+        world.vmm.stop(&dir, &process).await.unwrap();
+    }
+    // What a guest printed is kept, whichever VMM it was that ran it.
+    assert_eq!(printed(&dir).lines().count(), 3);
+}
+
+#[tokio::test]
+async fn a_vm_whose_memory_cannot_be_mapped_is_copied() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let config = fs::read_to_string(template.config()).unwrap();
+    fs::write(
+        template.config(),
+        config.replace("\"cpus\"", "\"balloon\":{\"size\":0},\"cpus\""),
+    )
+    .unwrap();
+    let dir = world.instance("fork");
+    let _process = world.spawn(&dir).await;
+    world.restore(&dir, &template, MemoryMode::Cow).await.unwrap();
+    world.vmm.resume(&dir).await.unwrap();
+    assert_eq!(printed(&dir), "resumed 2 in copied memory\n");
+}
+
+#[tokio::test]
+async fn a_memory_mode_that_it_does_not_have_is_refused() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let dir = world.instance("fork");
+    let _process = world.spawn(&dir).await;
+    let error = world
+        .restore(&dir, &template, MemoryMode::Uffd)
+        .await
+        .unwrap_err();
+    assert_snapshot!(error, @"cloud-hypervisor has no memory mode uffd; ask for another one");
+    assert_eq!(world.phase(&dir).await, VmPhase::Undefined);
+}
+
+#[tokio::test]
+async fn it_runs_in_a_session_of_its_own_and_in_its_instance_s_directory() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    let process = world.spawn(&dir).await;
+    let pid = process.identity().pid;
+    // It has begun to run when it answers.
+    world.vmm.info(&dir).await.unwrap();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Counted from the name, which is in parentheses: state, parent, process group, session.
+    let session = stat.rsplit(')').next().unwrap().split(' ').nth(4);
+    assert_eq!(session, Some(pid.to_string().as_str()));
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
+    assert_eq!(cwd, fs::canonicalize(dir.path()).unwrap());
+    let strays = stencil_vmm::stray_processes(dir.path());
+    assert_eq!(
+        strays,
+        [process.identity().clone()],
+        "a server that was killed finds it"
+    );
+}
+
+#[tokio::test]
+async fn a_lock_and_a_socket_that_a_killed_vmm_left_are_no_obstacle() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    drop(std::os::unix::net::UnixListener::bind(dir.vmm_socket()).unwrap());
+    fs::write(dir.path().join("vmm.sock.lock"), "").unwrap();
+    let _process = world.spawn(&dir).await;
+    assert_eq!(world.phase(&dir).await, VmPhase::Undefined);
+}
+
+#[tokio::test]
+async fn it_counts_no_pages() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    assert!(world.vmm.page_counters(&dir).await.unwrap().is_empty());
+}
+
+#[test]
+fn the_documentation_has_the_capabilities_of_the_code() {
+    let microvm = stencil_vmm::MicroVm::new("stencil-microvm".into());
+    let backends: [&dyn Hypervisor; 2] = [&microvm, &CloudHypervisor::new("cloud-hypervisor".into())];
+    let row = |label: &str, cell: &dyn Fn(&dyn Hypervisor) -> String| {
+        let cells: Vec<String> = backends.iter().map(|backend| cell(*backend)).collect();
+        format!("| {label} | {} |\n", cells.join(" | "))
+    };
+    let yes_or_no = |yes| if yes { "yes" } else { "no" }.to_owned();
+    let table = [
+        row("", &|backend| format!("`{}`", backend.name())),
+        "|---|---|---|\n".to_owned(),
+        row("memory modes", &|backend| {
+            let modes = backend.capabilities().memory_modes;
+            let modes: Vec<String> = modes.iter().map(|mode| format!("`{mode}`")).collect();
+            modes.join(", ")
+        }),
+        row("most vCPUs", &|backend| {
+            backend.capabilities().max_vcpus.to_string()
+        }),
+        row("console takes input", &|backend| {
+            yes_or_no(backend.capabilities().console_input)
+        }),
+        row("a fork's guest is told who it is", &|backend| {
+            yes_or_no(backend.capabilities().tells_identity)
+        }),
+    ]
+    .concat();
+    for document in ["README.md", "docs/hypervisors.md"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(document);
+        let text = fs::read_to_string(path).unwrap();
+        assert!(
+            text.contains(&table),
+            "{document} does not have this table:\n{table}"
+        );
+    }
+}

@@ -1,0 +1,309 @@
+//! A Cloud Hypervisor for tests: a real process on a real socket, with the replies that were recorded from v53.0 and the same
+//! state machine. It is this test program in another role; `fixtures/vmms/cloud-hypervisor` starts it.
+//!
+//! Its guest is a counter at the beginning of its memory. It counts each time that it is resumed, and prints that to the
+//! serial port. Each request is noted in the log, `vmm.log`.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Signal, getpid, kill_process};
+use serde_json::{Value, json};
+
+use crate::directory::fixture;
+use crate::replayer::recorded;
+
+const MEMORY_MANAGER: &str = "/snapshots/memory-manager/snapshot_data/state";
+
+#[test]
+#[ignore = "it is no test, but what the fake Cloud Hypervisor runs"]
+fn plays_cloud_hypervisor() {
+    let Some(home) = std::env::var_os("FAKE_HOME") else {
+        return;
+    };
+    let arguments: Vec<String> = std::env::args().collect();
+    assert!(
+        arguments.ends_with(&["--api-socket".into(), "fd=0".into()]),
+        "{arguments:?}"
+    );
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let mut fake = Fake {
+        faults: Faults::read(Path::new(&home)),
+        // SAFETY: the script has opened it for this, and nobody else in this program knows of it.
+        console: unsafe { File::from_raw_fd(3) },
+        vm: None,
+    };
+    for connection in UnixListener::from(socket).incoming() {
+        fake.serve(connection.unwrap());
+    }
+}
+
+struct Fake {
+    faults: Faults,
+    console: File,
+    vm: Option<Vm>,
+}
+
+struct Vm {
+    config: Value,
+    state: &'static str,
+    counter: u64,
+    /// How its memory came to be, in a word.
+    memory: &'static str,
+}
+
+/// What goes wrong at which call, such as `vm.boot die`, by lines.
+struct Faults(String);
+
+impl Faults {
+    fn read(home: &Path) -> Self {
+        Self(fs::read_to_string(home.join("faults")).unwrap())
+    }
+
+    fn at(&self, call: &str) -> Option<&str> {
+        self.0
+            .lines()
+            .find_map(|line| line.strip_prefix(call)?.strip_prefix(' '))
+    }
+}
+
+/// A reply as it goes over the wire.
+type Reply = Vec<u8>;
+
+impl Fake {
+    /// As in Cloud Hypervisor one thread serves all connections, one after the other.
+    fn serve(&mut self, mut connection: UnixStream) {
+        while let Some((call, body)) = read_request(&mut connection) {
+            eprintln!("{call} {body}");
+            let reply = match self.faults.at(&call) {
+                Some("die") => {
+                    kill_process(getpid(), Signal::KILL).unwrap();
+                    unreachable!("it is dead");
+                }
+                Some("drop") => return,
+                Some("hang") => loop {
+                    std::thread::park();
+                },
+                Some("error") => error("it was asked to fail"),
+                Some(other) => panic!("there is no fault {other}"),
+                None => self.answer(&call, &serde_json::from_str(&body).unwrap_or_default()),
+            };
+            let sent = connection.write_all(&reply);
+            if call == "vmm.shutdown" {
+                std::process::exit(0);
+            }
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn answer(&mut self, call: &str, body: &Value) -> Reply {
+        match call {
+            "vmm.ping" => recorded("ping"),
+            "vmm.shutdown" => recorded("vmm-shutdown"),
+            "vm.info" => self.info(),
+            "vm.create" => self.create(body),
+            "vm.boot" => self.boot(),
+            "vm.pause" => self.pause(),
+            "vm.resume" => self.resume(),
+            "vm.snapshot" => self.snapshot(&path_in(body, "destination_url")),
+            "vm.restore" => self.restore(&path_in(body, "source_url")),
+            _ => recorded("unknown-path"),
+        }
+    }
+
+    fn info(&self) -> Reply {
+        let Some(vm) = &self.vm else {
+            return recorded("info-no-vm");
+        };
+        let info =
+            json!({"config": vm.config, "state": vm.state, "memory_actual_size": memory_size(&vm.config)});
+        reply(200, &info)
+    }
+
+    fn create(&mut self, config: &Value) -> Reply {
+        if self.vm.is_some() {
+            return recorded("create-twice");
+        }
+        // What is not asked for is as in the recorded VM, and what is not known is ignored.
+        let mut whole = recorded_config();
+        for (field, asked) in whole.as_object_mut().unwrap() {
+            if let Some(given) = config.get(field) {
+                *asked = given.clone();
+            }
+        }
+        self.vm = Some(Vm {
+            config: whole,
+            state: "Created",
+            counter: 0,
+            memory: "new",
+        });
+        recorded("create")
+    }
+
+    fn boot(&mut self) -> Reply {
+        match &mut self.vm {
+            None => return recorded("boot-no-vm"),
+            Some(vm) if vm.state != "Created" => return error("VM is already running"),
+            Some(vm) => vm.state = "Running",
+        }
+        self.print("booted");
+        recorded("boot")
+    }
+
+    fn pause(&mut self) -> Reply {
+        match &mut self.vm {
+            Some(vm) if vm.state == "Running" => vm.state = "Paused",
+            Some(vm) if vm.state == "Paused" => return recorded("pause-twice"),
+            _ => return recorded("pause-before-boot"),
+        }
+        recorded("pause")
+    }
+
+    fn resume(&mut self) -> Reply {
+        let line = match &mut self.vm {
+            Some(vm) if vm.state == "Paused" => {
+                vm.state = "Running";
+                vm.counter += 1;
+                format!("resumed {} in {} memory", vm.counter, vm.memory)
+            }
+            _ => return recorded("resume-twice"),
+        };
+        self.print(&line);
+        recorded("resume")
+    }
+
+    /// In mode `Tty`, that is to where the standard output went; the others are not played.
+    fn print(&mut self, line: &str) {
+        let mode = self.vm.as_ref().map(|vm| &vm.config["serial"]["mode"]);
+        if mode.is_some_and(|mode| mode == "Tty") {
+            writeln!(self.console, "{line}").unwrap();
+        }
+    }
+
+    fn snapshot(&self, directory: &Path) -> Reply {
+        let Some(vm) = self.vm.as_ref().filter(|vm| vm.state == "Paused") else {
+            return recorded("snapshot-while-running");
+        };
+        let Ok(mut entries) = fs::read_dir(directory) else {
+            return recorded("snapshot-missing-directory");
+        };
+        if entries.next().is_some() {
+            return error("the directory is not empty");
+        }
+        let mut state = json_of(&fixture("cloud-hypervisor/state.json"));
+        let mut memory = memory_manager(&state);
+        let size = memory_size(&vm.config);
+        memory["memory_ranges"]["data"][0]["length"] = size.into();
+        memory["guest_ram_mappings"][0]["size"] = size.into();
+        *state.pointer_mut(MEMORY_MANAGER).unwrap() = memory.to_string().into();
+        fs::write(directory.join("config.json"), vm.config.to_string()).unwrap();
+        fs::write(directory.join("state.json"), state.to_string()).unwrap();
+        let ranges = File::create(directory.join("memory-ranges")).unwrap();
+        ranges.set_len(size).unwrap();
+        ranges.write_all_at(&vm.counter.to_le_bytes(), 0).unwrap();
+        recorded("snapshot")
+    }
+
+    fn restore(&mut self, directory: &Path) -> Reply {
+        if self.vm.is_some() {
+            return recorded("restore-twice");
+        }
+        if !directory.is_dir() {
+            return recorded("restore-missing-directory");
+        }
+        let config = json_of(&directory.join("config.json"));
+        let memory = memory_manager(&json_of(&directory.join("state.json")));
+        let mapping = &memory["guest_ram_mappings"][0];
+        let (zone, size) = (&config["memory"]["zones"][0], mapping["size"].as_u64().unwrap());
+        let ranges = memory["memory_ranges"]["data"].as_array().unwrap();
+        let (file, offset, how) = match zone["file"].as_str() {
+            // What is read goes over what is mapped.
+            _ if !ranges.is_empty() => (directory.join("memory-ranges"), 0, "copied"),
+            Some(file) => (file.into(), mapping["file_offset"].as_u64().unwrap(), "mapped"),
+            None => return error("the memory is nowhere"),
+        };
+        let Ok(file) = File::open(file) else {
+            return error("the memory file cannot be opened");
+        };
+        if file.metadata().unwrap().len() < offset + size {
+            return error("the memory file is too short");
+        }
+        let mut counter = [0; 8];
+        file.read_exact_at(&mut counter, offset).unwrap();
+        self.vm = Some(Vm {
+            config,
+            state: "Paused",
+            counter: u64::from_le_bytes(counter),
+            memory: how,
+        });
+        recorded("restore")
+    }
+}
+
+/// The last part of the path and the body; nothing at the end of the connection.
+fn read_request(connection: &mut UnixStream) -> Option<(String, String)> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        connection.read_exact(&mut byte).ok()?;
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let call = head.split(' ').nth(1)?.strip_prefix("/api/v1/")?.to_owned();
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+        .map_or(0, |length| length.parse().unwrap());
+    let mut body = vec![0; length];
+    connection.read_exact(&mut body).ok()?;
+    Some((call, String::from_utf8(body).unwrap()))
+}
+
+fn error(why: &str) -> Reply {
+    reply(500, &json!(["Error from API", "The VM could not do it", why]))
+}
+
+fn reply(status: u16, body: &Value) -> Reply {
+    let body = body.to_string();
+    let mut reply =
+        format!("HTTP/1.1 {status} \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n");
+    write!(
+        reply,
+        "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    reply.into_bytes()
+}
+
+fn recorded_config() -> Value {
+    json_of(&fixture("cloud-hypervisor/config.json"))
+}
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn memory_manager(state: &Value) -> Value {
+    serde_json::from_str(state.pointer(MEMORY_MANAGER).unwrap().as_str().unwrap()).unwrap()
+}
+
+fn memory_size(config: &Value) -> u64 {
+    config["memory"]["zones"][0]["size"].as_u64().unwrap()
+}
+
+fn path_in(body: &Value, field: &str) -> PathBuf {
+    body[field]
+        .as_str()
+        .unwrap()
+        .strip_prefix("file://")
+        .unwrap()
+        .into()
+}
