@@ -196,6 +196,7 @@ fn vmm(id: &InstanceId, error: &VmmError) -> String {
         }
         VmmError::Timeout { call, after } => format!("did not answer {call} within {after:?}"),
         VmmError::Ended { exit, .. } => format!("ended ({exit}) instead of answering"),
+        VmmError::Snapshot { source, .. } => format!("cannot use the snapshot: {source}"),
         _ => "failed".to_owned(),
     };
     format!("the VMM of instance {id} {why}; the server's log says more")

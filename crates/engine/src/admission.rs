@@ -69,6 +69,16 @@ impl Engine {
         count: u32,
         armed: usize,
     ) -> Result<Option<Promise>, EngineError> {
+        let modes = self.hypervisor(&spec.hypervisor)?.capabilities().memory_modes;
+        if !modes.contains(&plan.memory_mode) {
+            let modes: Vec<String> = modes.iter().map(ToString::to_string).collect();
+            return invalid(format!(
+                "memory_mode is {}; {} takes {}",
+                plan.memory_mode,
+                spec.hypervisor,
+                modes.join(" or ")
+            ));
+        }
         // It is not more than `count`.
         let armed = u32::try_from(armed).unwrap_or(count);
         let count = count.saturating_sub(armed);

@@ -62,9 +62,17 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::NoConsole`] while its VM is down.
+    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::NoConsole`] while its VM is down;
+    /// [`EngineError::Invalid`] if its hypervisor gives guests no input.
     pub async fn console_write(&self, reference: &str, input: &[u8]) -> Result<(), EngineError> {
         let slot = self.inner.registry.find(reference)?;
+        let name = self.read(&slot.id)?.spec.hypervisor;
+        if !self.hypervisor(&name)?.capabilities().console_input {
+            return Err(EngineError::Invalid(format!(
+                "instance {} runs on {name}, whose guests get no console input; reach them by another way",
+                slot.id
+            )));
+        }
         let path = self.dir(&slot.id).console_socket();
         let mut console = match UnixStream::connect(&path).await {
             Ok(console) => console,

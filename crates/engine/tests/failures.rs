@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use scripted::House;
 use stencil_core::rules::Refusal;
-use stencil_core::{Readiness, State, StoreError};
+use stencil_core::{MemoryMode, Readiness, State, StoreError};
 use stencil_engine::{CreateRequest, EngineError, Filter, ForkRequest, ForksRequest};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -117,6 +117,37 @@ async fn a_fork_whose_vmm_dies_before_its_guest_is_ready_is_not_made() {
     let told = stencil_core::error_chain(&error).to_string();
     assert!(told.contains("has ended"), "{told}");
     assert_eq!(house.directories(), before);
+}
+
+#[tokio::test]
+async fn a_memory_mode_that_the_hypervisor_does_not_have_is_refused_before_anything_is_made() {
+    let house = House::new().await;
+    house.template("warm").await;
+    let before = (house.directories(), house.hypervisor.calls());
+    let request = ForkRequest {
+        memory_mode: Some(MemoryMode::Copy),
+        ..ForkRequest::default()
+    };
+    let error = house.engine.fork("warm", None, request).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "memory_mode is copy; scripted takes cow or uffd"
+    );
+    assert_eq!((house.directories(), house.hypervisor.calls()), before);
+}
+
+#[tokio::test]
+async fn console_input_is_refused_where_the_hypervisor_gives_guests_none() {
+    let house = House::new().await;
+    house.running("web").await;
+    let error = house.engine.console_write("web", b"ping\n").await.unwrap_err();
+    assert!(matches!(error, EngineError::Invalid(_)), "{error:?}");
+    assert!(
+        error
+            .to_string()
+            .ends_with("runs on scripted, whose guests get no console input; reach them by another way"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
