@@ -93,6 +93,9 @@ pub(crate) struct Serve {
     /// The stencil-microvm binary [default: beside this one, else in PATH]
     #[arg(long, value_name = "PATH")]
     pub(crate) microvm: Option<PathBuf>,
+    /// The cloud-hypervisor binary, v51 to v53 [default: in PATH; without one it is not offered]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cloud_hypervisor: Option<PathBuf>,
     /// How many forks of each template are kept prepared
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) armed: u32,
@@ -141,7 +144,7 @@ pub(crate) struct Create {
     /// How much memory
     #[arg(long, default_value = "512MiB", value_name = "SIZE")]
     pub(crate) memory: MemorySize,
-    /// Which hypervisor
+    /// Which hypervisor: microvm or cloud-hypervisor
     #[arg(long, default_value = "microvm", value_name = "NAME")]
     pub(crate) hypervisor: HypervisorName,
     /// The guest is ready when it prints this [default: as soon as it runs]

@@ -41,6 +41,11 @@ pub(crate) enum Failure {
     NoMicrovm(#[source] VmmError),
     #[error("{} cannot be used as the VMM; name another one with --microvm", path.display())]
     BadMicrovm { path: PathBuf, source: VmmError },
+    #[error(
+        "{} cannot be used as Cloud Hypervisor; name another one with --cloud-hypervisor, or leave that out",
+        path.display()
+    )]
+    BadCloudHypervisor { path: PathBuf, source: VmmError },
     #[error("cannot open {}", data.display())]
     Open { data: PathBuf, source: Box<EngineError> },
     #[error(transparent)]

@@ -8,9 +8,9 @@ use std::thread::available_parallelism;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use stencil_api::server::Server;
-use stencil_core::DataDir;
+use stencil_core::{DataDir, error_chain};
 use stencil_engine::{Config, Engine};
-use stencil_vmm::{Hypervisor, MicroVm};
+use stencil_vmm::{CloudHypervisor, Hypervisor, MicroVm};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -78,11 +78,15 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         path: binary.clone(),
         source,
     })?;
+    let mut hypervisors: Vec<Arc<dyn Hypervisor>> = vec![Arc::new(microvm)];
+    if let Some(cloud_hypervisor) = cloud_hypervisor(asked.cloud_hypervisor).await? {
+        hypervisors.push(Arc::new(cloud_hypervisor));
+    }
     let mut signals = Signals::new().map_err(Failure::Runtime)?;
 
     let config = Config {
         data: data.clone(),
-        hypervisors: vec![Arc::new(microvm)],
+        hypervisors,
         armed: asked.armed,
     };
     let engine = Engine::open(config).await.map_err(|source| Failure::Open {
@@ -103,6 +107,26 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
     engine.close().await;
     tracing::info!("ended; VMs go on running");
     Ok(())
+}
+
+/// Cloud Hypervisor, if there is one that can be used. One that was asked for by name must be.
+async fn cloud_hypervisor(asked: Option<PathBuf>) -> Result<Option<CloudHypervisor>, Failure> {
+    let is_asked_for = asked.is_some();
+    let Some(path) = asked.or_else(CloudHypervisor::find) else {
+        return Ok(None);
+    };
+    let cloud_hypervisor = CloudHypervisor::new(path.clone());
+    match cloud_hypervisor.version().await {
+        Ok(version) => {
+            tracing::info!(cloud_hypervisor = %path.display(), version, "offered");
+            Ok(Some(cloud_hypervisor))
+        }
+        Err(source) if is_asked_for => Err(Failure::BadCloudHypervisor { path, source }),
+        Err(error) => {
+            tracing::warn!(error = error_chain(&error), "Cloud Hypervisor is not offered");
+            Ok(None)
+        }
+    }
 }
 
 /// The signals that end the server. SIGHUP comes when the terminal it was started from goes away.

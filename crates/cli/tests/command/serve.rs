@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use rustix::process::Signal;
 
-use crate::stencil::{Server, command, done};
+use crate::stencil::{Server, command, done, place, place_vmms};
 
 #[test]
 fn each_signal_that_ends_it_ends_it_well() {
@@ -123,6 +123,87 @@ fn a_vmm_that_cannot_be_used_is_told_at_once() {
         assert!(done.stderr.contains(expected), "{microvm}: {}", done.stderr);
     }
     assert!(!dir.path().join("data").exists(), "nothing was made");
+}
+
+/// A directory with a microVM and a Cloud Hypervisor that only tell their versions.
+fn with_cloud_hypervisor(version: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    place_vmms(dir.path());
+    place(
+        dir.path(),
+        "cloud-hypervisor",
+        &format!("cloud-hypervisor {version}"),
+    );
+    dir
+}
+
+#[test]
+fn a_cloud_hypervisor_that_is_named_must_be_one_that_can_be_used() {
+    let dir = with_cloud_hypervisor("v50.0");
+    for (named, expected) in [
+        (
+            "nothing",
+            "nothing cannot be used as Cloud Hypervisor; name another one with --cloud-hypervisor, or leave that out",
+        ),
+        ("cloud-hypervisor", "is version 50.0; this takes version 51 to 53"),
+        ("guest.elf", "cannot start the VMM"),
+    ] {
+        let mut serve = command(dir.path());
+        serve.args([
+            "serve",
+            "--data",
+            "data",
+            "--microvm",
+            "microvm",
+            "--cloud-hypervisor",
+            named,
+        ]);
+        let done = done(&mut serve);
+        assert_eq!(done.code, 1, "{named}: {done:?}");
+        assert!(done.stderr.contains(expected), "{named}: {}", done.stderr);
+    }
+    assert!(!dir.path().join("data").exists(), "nothing was made");
+}
+
+#[test]
+fn cloud_hypervisor_is_offered_where_there_is_one() {
+    let create = |server: &Server| {
+        let kernel = server.dir.path().join("guest.elf");
+        let asked = [
+            "create",
+            "--no-start",
+            "--hypervisor",
+            "cloud-hypervisor",
+            "--kernel",
+        ];
+        server.run(&[&asked[..], &[kernel.to_str().unwrap()]].concat())
+    };
+    let named = Server::start_with(with_cloud_hypervisor("v53.0"), |serve| {
+        serve.args(["--cloud-hypervisor", "cloud-hypervisor"]);
+    });
+    let path = |dir: &tempfile::TempDir| format!("{}:/usr/bin:/bin", dir.path().display());
+    let in_path = with_cloud_hypervisor("v51.0");
+    let path_to_it = path(&in_path);
+    let in_path = Server::start_with(in_path, |serve| {
+        serve.env("PATH", path_to_it);
+    });
+    for server in [named, in_path] {
+        let created = create(&server);
+        assert_eq!(created.code, 0, "{created:?}");
+    }
+
+    // Without one, and with one in PATH that nobody has asked for and that cannot be used, the server runs all the same.
+    let unknown = with_cloud_hypervisor("v50.0");
+    let path_to_it = path(&unknown);
+    let unknown = Server::start_with(unknown, |serve| {
+        serve.env("PATH", path_to_it);
+    });
+    for server in [Server::start(), unknown] {
+        let refused = create(&server);
+        let expected = "hypervisor `cloud-hypervisor` is not known here; this server has: microvm";
+        assert_eq!(refused.code, 1, "{refused:?}");
+        assert!(refused.stderr.contains(expected), "{refused:?}");
+    }
 }
 
 #[test]

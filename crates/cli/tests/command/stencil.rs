@@ -45,6 +45,19 @@ pub(crate) fn done(command: &mut Command) -> Done {
     }
 }
 
+/// What passes for a VMM and for a kernel as long as nothing is booted.
+pub(crate) fn place_vmms(directory: &Path) {
+    place(directory, "microvm", "stencil-microvm 0.1.0");
+    let kernel = include_bytes!("../../../../fixtures/pvh-note.elf");
+    fs::write(directory.join("guest.elf"), kernel).unwrap();
+}
+
+/// A program that prints a line.
+pub(crate) fn place(directory: &Path, name: &str, line: &str) {
+    fs::write(directory.join(name), format!("#!/bin/sh\necho {line}\n")).unwrap();
+    fs::set_permissions(directory.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 /// A server process on a directory of its own, ended with the test.
 pub(crate) struct Server {
     pub(crate) dir: TempDir,
@@ -55,28 +68,21 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // What passes for a VMM and for a kernel as long as nothing is booted.
-        fs::write(
-            dir.path().join("microvm"),
-            "#!/bin/sh\necho stencil-microvm 0.1.0\n",
-        )
-        .unwrap();
-        fs::set_permissions(dir.path().join("microvm"), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(
-            dir.path().join("guest.elf"),
-            include_bytes!("../../../../fixtures/pvh-note.elf"),
-        )
-        .unwrap();
+        place_vmms(dir.path());
         Self::start_in(dir)
     }
 
     /// Returns when it has said that it listens.
     pub(crate) fn start_in(dir: TempDir) -> Self {
-        let mut process = command(dir.path())
-            .args(["serve", "--data", "data", "--microvm", "microvm"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::start_with(dir, |_| {})
+    }
+
+    /// The same, with a command that is changed before it is run.
+    pub(crate) fn start_with(dir: TempDir, change: impl FnOnce(&mut Command)) -> Self {
+        let mut serve = command(dir.path());
+        serve.args(["serve", "--data", "data", "--microvm", "microvm"]);
+        change(&mut serve);
+        let mut process = serve.stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(process.stderr.take().unwrap());
         let mut said = String::new();
         while !said.contains("listening on ") {
