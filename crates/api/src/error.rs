@@ -214,7 +214,7 @@ mod tests {
     use stencil_core::rules::{LiveFork, Operation};
     use stencil_core::{State, UnreadableCause};
     use stencil_engine::Resource;
-    use stencil_vmm::Call;
+    use stencil_vmm::{Call, SnapshotError};
     use stencil_vmm_api::ErrorBody as VmmWords;
 
     use super::*;
@@ -317,6 +317,10 @@ mod tests {
                     format!("cannot load {SECRET}"),
                     "it has no PVH note".to_owned(),
                 ]),
+            }),
+            vmm(VmmError::Snapshot {
+                path: SECRET.into(),
+                source: SnapshotError::Truncated { has: 1, needs: 2 },
             }),
             EngineError::SourceNotRestored {
                 id: id(),

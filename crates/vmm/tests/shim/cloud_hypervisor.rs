@@ -10,6 +10,7 @@ use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, Vmm
 use tempfile::TempDir;
 
 use crate::directory::fixture;
+use crate::fake::wait_until_ready;
 
 const MIB: u64 = 1 << 20;
 
@@ -56,7 +57,9 @@ impl World {
 
     /// Starts a VMM, which does not outlive the test.
     pub(crate) async fn spawn(&self, dir: &InstanceDir) -> KillGuard {
-        self.vmm.spawn(dir).await.unwrap().kill_on_drop()
+        let process = self.vmm.spawn(dir).await.unwrap().kill_on_drop();
+        wait_until_ready(&dir.vmm_socket());
+        process
     }
 
     /// An instance with a running VM.
@@ -242,8 +245,6 @@ async fn it_runs_in_a_session_of_its_own_and_in_its_instance_s_directory() {
     let dir = world.instance("vm");
     let process = world.spawn(&dir).await;
     let pid = process.identity().pid;
-    // It has begun to run when it answers.
-    world.vmm.info(&dir).await.unwrap();
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     // Counted from the name, which is in parentheses: state, parent, process group, session.
     let session = stat.rsplit(')').next().unwrap().split(' ').nth(4);
@@ -266,6 +267,18 @@ async fn a_lock_and_a_socket_that_a_killed_vmm_left_are_no_obstacle() {
     fs::write(dir.path().join("vmm.sock.lock"), "").unwrap();
     let _process = world.spawn(&dir).await;
     assert_eq!(world.phase(&dir).await, VmPhase::Undefined);
+}
+
+#[tokio::test]
+async fn what_a_killed_server_left_of_a_restore_is_no_obstacle() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let dir = world.instance("fork");
+    fs::create_dir(dir.path().join("restoring")).unwrap();
+    fs::write(dir.path().join("restoring/memory-ranges"), "cut off").unwrap();
+    let _process = world.spawn(&dir).await;
+    world.restore(&dir, &template, MemoryMode::Copy).await.unwrap();
+    assert!(!dir.path().join("restoring").exists());
 }
 
 #[tokio::test]

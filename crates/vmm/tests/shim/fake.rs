@@ -18,6 +18,8 @@ use serde_json::{Value, json};
 use crate::directory::fixture;
 use crate::replayer::recorded;
 
+/// What a test asks to know that the fake has started; it is answered as every unknown path.
+const READY: &str = "fake.ready";
 const MEMORY_MANAGER: &str = "/snapshots/memory-manager/snapshot_data/state";
 
 #[test]
@@ -41,6 +43,13 @@ fn plays_cloud_hypervisor() {
     for connection in UnixListener::from(socket).incoming() {
         fake.serve(connection.unwrap());
     }
+}
+
+/// Waits until the fake has started, so that its start does not count against the first call's deadline.
+pub(crate) fn wait_until_ready(socket: &Path) {
+    let mut connection = UnixStream::connect(socket).unwrap();
+    write!(connection, "GET /api/v1/{READY} HTTP/1.1\r\n\r\n").unwrap();
+    connection.read_exact(&mut [0]).unwrap();
 }
 
 struct Fake {
@@ -79,7 +88,9 @@ impl Fake {
     /// As in Cloud Hypervisor one thread serves all connections, one after the other.
     fn serve(&mut self, mut connection: UnixStream) {
         while let Some((call, body)) = read_request(&mut connection) {
-            eprintln!("{call} {body}");
+            if call != READY {
+                eprintln!("{call} {body}");
+            }
             let reply = match self.faults.at(&call) {
                 Some("die") => {
                     kill_process(getpid(), Signal::KILL).unwrap();
