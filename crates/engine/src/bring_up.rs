@@ -221,8 +221,11 @@ impl Engine {
         let running = slot.vmm();
         slot.set_vmm(None);
         if let Some(running) = running {
-            let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-            let stopped = hypervisor.stop(&self.dir(&slot.id), &running.process).await;
+            let stopped = match self.hypervisor(&metadata.spec.hypervisor) {
+                Ok(hypervisor) => hypervisor.stop(&self.dir(&slot.id), &running.process).await,
+                // This server was started without it, so nobody can ask the VMM; it can be ended all the same.
+                Err(_unknown) => running.process.terminate().await.map_err(VmmError::from),
+            };
             stopped
                 .inspect_err(|_| self.inner.registry.lose_vmm())
                 .map_err(EngineError::vmm(slot.id))?;

@@ -137,6 +137,19 @@ async fn a_memory_mode_that_the_hypervisor_does_not_have_is_refused_before_anyth
 }
 
 #[tokio::test]
+async fn an_instance_whose_hypervisor_is_not_offered_any_more_can_be_deleted_and_its_vmm_goes() {
+    let house = House::new().await;
+    house.running("web").await;
+    let house = house.restart_without_hypervisor().await;
+    let web = house.engine.get("web").await.unwrap();
+    assert_eq!(web.state, State::Unknown);
+    assert_eq!(house.processes().len(), 1);
+    house.engine.delete("web").await.unwrap();
+    assert_eq!(house.processes(), [] as [u32; 0]);
+    assert_eq!(house.directories(), [] as [&str; 0]);
+}
+
+#[tokio::test]
 async fn console_input_is_refused_where_the_hypervisor_gives_guests_none() {
     let house = House::new().await;
     house.running("web").await;

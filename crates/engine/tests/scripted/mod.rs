@@ -250,6 +250,13 @@ impl House {
         Self { engine, ..self }
     }
 
+    /// The server dies and another one starts, which does not offer the hypervisor.
+    pub(crate) async fn restart_without_hypervisor(self) -> Self {
+        drop(self.engine);
+        let engine = open_with(&self.data, Vec::new()).await;
+        Self { engine, ..self }
+    }
+
     /// An instance that is called `name` and runs.
     pub(crate) async fn running(&self, name: &str) {
         self.engine.create(self.request(name)).await.unwrap();
@@ -314,10 +321,13 @@ impl House {
 }
 
 async fn open(data: &TempDir, hypervisor: &Arc<Scripted>) -> Engine {
-    let hypervisor: Arc<dyn Hypervisor> = hypervisor.clone();
+    open_with(data, vec![hypervisor.clone()]).await
+}
+
+async fn open_with(data: &TempDir, hypervisors: Vec<Arc<dyn Hypervisor>>) -> Engine {
     Engine::open(Config {
         data: data.path().to_owned(),
-        hypervisors: vec![hypervisor],
+        hypervisors,
         armed: 0,
     })
     .await
