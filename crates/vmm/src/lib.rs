@@ -9,8 +9,9 @@
 //!     └── VmmProcess ── pidfd: is it alive, how did it end, make it end ──>  └─────────┘──> console.log, vmm.log
 //! ```
 //!
-//! - [`Hypervisor`] is the trait, [`MicroVm`] and [`CloudHypervisor`] are its backends. A backend knows one VM at a time and no template. It keeps no state for an
-//!   instance: each call names the instance's directory, and everything else is found there.
+//! - [`Hypervisor`] is the trait, [`MicroVm`] and [`CloudHypervisor`] are its backends. A backend knows one VM at a time and
+//!   no template. It keeps no state for an instance: each call names the instance's directory, and everything else is found
+//!   there.
 //! - [`Client`] speaks the REST contract of `stencil-vmm-api` to any VMM that has it, the microVM and Cloud
 //!   Hypervisor alike: each call has its deadline, its own connection, and a bounded reply.
 //! - [`VmmProcess`] is a handle on a VMM's process that can never mean another process, also after the server was
