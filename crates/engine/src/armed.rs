@@ -15,6 +15,8 @@ use std::time::Duration;
 use stencil_core::rules::{self, Operation};
 use stencil_core::{Durability, InstanceId, Metadata, error_chain};
 
+use tokio::time::timeout;
+
 use crate::hot_pages::HotPagesUse;
 use crate::instance::{Armed, Stopwatch};
 use crate::lifecycle::Change;
@@ -28,6 +30,10 @@ pub const MAX_ARMED: u32 = 1024;
 /// How long a pool waits before it is filled: the answer to who made room in it goes first.
 const BEHIND: Duration = Duration::from_millis(2);
 
+/// How long a server that ends waits for the fork that is being armed; later than that it goes with the server.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// How long it may take to arm a fork.
+const ARM_LIMIT: Duration = Duration::from_secs(10);
 /// When a pool is looked at again that the host has no memory for.
 const WHEN_SHORT: Duration = Duration::from_secs(10);
 /// When it is tried again to arm a fork after an error.
@@ -269,15 +275,14 @@ impl Engine {
         let hot_pages = self.known_hot_pages(&base, snapshot);
         let has_hot_pages = matches!(hot_pages, HotPagesUse::Prefetch(_));
         let _permit = self.turn(&self.inner.bring_up).await;
-        let fork = self
-            .prepare(
-                &base,
-                snapshot,
-                InstanceId::generate(),
-                hot_pages,
-                &mut Stopwatch::start(Operation::Fork),
-            )
-            .await?;
+        let mut stopwatch = Stopwatch::start(Operation::Fork);
+        let fork = self.prepare(&base, snapshot, InstanceId::generate(), hot_pages, &mut stopwatch);
+        // Others wait for this one: for the template, and to arm forks of theirs.
+        let Ok(fork) = timeout(ARM_LIMIT, fork).await else {
+            tracing::warn!(instance = %slot.id, after = ?ARM_LIMIT, "a fork takes too long to be armed, and is given up");
+            return Ok(ArmOne::Later(AFTER_ERROR));
+        };
+        let fork = fork?;
         match slot.pool.put(ArmedFork { fork, has_hot_pages }) {
             None => Ok(ArmOne::Done),
             Some(fork) => {
@@ -298,6 +303,28 @@ impl Engine {
         end_all(slot.pool.empty()).await;
     }
 
+    /// Ends the armed forks of all templates; whether there were any.
+    pub(crate) async fn disarm_all(&self) -> bool {
+        let mut forks = Vec::new();
+        for slot in self.inner.registry.all() {
+            let gone = slot.pool.empty();
+            if !gone.is_empty() {
+                // Where there is no room now, it is looked at again later.
+                self.refill(&slot);
+                forks.extend(gone);
+            }
+        }
+        if forks.is_empty() {
+            return false;
+        }
+        tracing::warn!(
+            armed = forks.len(),
+            "the host is short of something: armed forks go"
+        );
+        end_all(forks).await;
+        true
+    }
+
     /// Ends what only a server keeps: armed forks. VMs of instances go on running.
     pub async fn close(&self) {
         let slots = self.inner.registry.all();
@@ -305,7 +332,7 @@ impl Engine {
             slot.pool.kept().closed = true;
         }
         // The one that is being armed is ended by who arms it.
-        let _turn = self.turn(&self.inner.arming).await;
+        let _turn = timeout(CLOSE_LIMIT, self.turn(&self.inner.arming)).await;
         end_all(slots.iter().flat_map(|slot| slot.pool.empty()).collect()).await;
     }
 }

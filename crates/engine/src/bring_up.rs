@@ -106,8 +106,11 @@ impl Engine {
             memory_generation: &source.manifest.memory_generation,
             hot_pages,
         };
+        // Whoever waits for it may go.
+        let guard = process.clone().kill_on_drop();
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
+        guard.keep();
         stopwatch.lap("restore");
         let record = vmm_record(&process, here, machine.began, console_offset);
         Ok((process, record))

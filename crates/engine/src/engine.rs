@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use stencil_core::{Durability, HypervisorName, InstanceDir, InstanceId, Metadata, Store, StoreError};
 use stencil_vmm::Hypervisor;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, Semaphore, SemaphorePermit};
@@ -77,8 +78,8 @@ impl Engine {
         };
         let templates = engine.reconcile().await?;
         engine.watch_pressure();
+        join_all(templates.iter().map(|template| engine.find_recording(template))).await;
         for template in &templates {
-            engine.find_recording(template).await;
             engine.refill(template);
         }
         Ok(engine)

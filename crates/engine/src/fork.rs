@@ -1,14 +1,16 @@
 //! Forking: new machines that go on where a source stopped.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
 use stencil_core::{
     Durability, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State, VmGeneration,
     error_chain,
 };
-use stencil_vmm::{ProcessError, VmmError};
+use stencil_vmm::{Call, ProcessError, VmmError};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
+use tokio::time::timeout;
 
 use crate::armed::{ArmedFork, end_all};
 use crate::hot_pages::HotPagesUse;
@@ -22,6 +24,11 @@ use crate::{Engine, EngineError, ForkRequest, ForksRequest, Instance};
 
 /// The most forks that one call makes.
 pub const MAX_FORKS_PER_CALL: u32 = 1024;
+
+/// How long an armed fork may take to run before another is taken: it takes less than a millisecond.
+const ARMED_LIMIT: Duration = Duration::from_secs(1);
+/// The same of one that was just prepared, on a host that may be busy.
+const NEW_LIMIT: Duration = Duration::from_secs(10);
 
 /// What came of one fork of many.
 #[derive(Debug)]
@@ -146,7 +153,13 @@ impl Engine {
         } else {
             Vec::new()
         };
-        let promise = match self.admit_forks(source, &seen.metadata.spec, &plan, count, armed.len()) {
+        let admit = || self.admit_forks(source, &seen.metadata.spec, &plan, count, armed.len());
+        let mut promise = admit();
+        // Forks that nobody has asked for yet give way to those that are asked for.
+        if matches!(promise, Err(EngineError::NoRoom(_))) && self.disarm_all().await {
+            promise = admit();
+        }
+        let promise = match promise {
             Ok(promise) => promise,
             Err(failed) => {
                 put_back(source, armed).await;
@@ -259,7 +272,7 @@ impl Engine {
         {
             stopwatch.lap("take");
             match self
-                .begin(base, snapshot, armed, reservation, stopwatch.clone())
+                .begin(base, snapshot, armed, reservation, ARMED_LIMIT, stopwatch.clone())
                 .await
             {
                 Ok(fork) => return Ok(fork),
@@ -269,6 +282,10 @@ impl Engine {
                 }) => {
                     tracing::warn!(fork = %id, error = error_chain(&source), "an armed fork failed; another is taken");
                     reservation = again;
+                    // What hangs on this host makes others hang: a new process is waited for longer.
+                    if matches!(source, VmmError::Timeout { .. }) {
+                        break;
+                    }
                 }
                 Err(NotBegun { error, .. }) => return Err(error),
             }
@@ -282,21 +299,55 @@ impl Engine {
         if let Some(promise) = &base.promise {
             promise.keep_one();
         }
-        self.begin(base, snapshot, prepared, reservation, stopwatch)
+        self.begin(base, snapshot, prepared, reservation, NEW_LIMIT, stopwatch)
             .await
             .map_err(|not_begun| not_begun.error)
     }
 
-    /// Names a prepared fork and lets it run. Until its directory is renamed into place it does not exist for anybody
-    /// else; from then on it is counted as a live fork.
+    /// Lets a prepared fork run, and names it. Until its directory is renamed into place it does not exist for anybody else,
+    /// and a crash leaves nothing of it; from then on it is counted as a live fork. `limit` is how long its VMM may take to
+    /// let it run.
     async fn begin(
         &self,
         base: &ForkBase,
         snapshot: &SnapshotSource,
         prepared: PreparedFork,
         reservation: Reservation,
+        limit: Duration,
         mut stopwatch: Stopwatch,
     ) -> Result<Instance, NotBegun> {
+        let hypervisor = self.hypervisor(&base.metadata.spec.hypervisor)?;
+        let is_to_run = base.plan.target == State::Running;
+        let dir = prepared.new.dir();
+        let first = async {
+            if is_to_run {
+                hypervisor.resume(dir).await
+            } else {
+                // It is paused, and is asked whether it answers.
+                hypervisor.info(dir).await.map(drop)
+            }
+        };
+        let answer = match timeout(limit, prepared.process.during(first)).await {
+            Ok(answer) => answer,
+            Err(_elapsed) => Err(VmmError::Timeout {
+                call: Call::Resume,
+                after: limit,
+            }),
+        };
+        if let Err(source) = answer {
+            let error = EngineError::Vmm {
+                id: prepared.id,
+                source,
+            };
+            prepared.end().await;
+            return Err(NotBegun {
+                error,
+                reservation: Some(reservation),
+            });
+        }
+        if is_to_run {
+            stopwatch.lap("resume");
+        }
         let PreparedFork {
             id,
             generation,
@@ -320,13 +371,13 @@ impl Engine {
             }
         }
         stopwatch.lap("record");
-        if base.plan.target == State::Paused {
+        if !is_to_run {
             slot.finished(stopwatch.timings());
             return Ok(self.show(&slot).await?);
         }
         let awake = async {
+            // What its guest has printed by now is looked at first.
             let changes = self.changes(&slot)?;
-            self.let_run(&slot, &metadata, &mut stopwatch).await?;
             let is_ready = self.until_ready(&slot, changes).await?;
             match process.has_exited() {
                 // A guest that is down can be looked at; of a VMM that has gone nothing is left.

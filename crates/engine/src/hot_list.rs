@@ -67,6 +67,10 @@ impl HotList {
         let Ok(found) = fs::metadata(path) else {
             return false;
         };
+        // A pipe would be waited for until somebody writes to it.
+        if !found.is_file() {
+            return false;
+        }
         let stamp = Stamp {
             inode: found.ino(),
             length: found.len(),

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use stencil_core::rules::{self, ForkPlan};
 use stencil_core::{Durability, InstanceId, MemoryGeneration, MemoryMode, SnapshotFacts, error_chain};
 
@@ -107,26 +108,24 @@ impl Engine {
     /// Waits again for the recording that an earlier server waited for: of a fork that still records, or that has left
     /// its list meanwhile.
     pub(crate) async fn find_recording(&self, template: &Arc<Slot>) {
-        let known = self
-            .read(&template.id)
-            .is_ok_and(|metadata| metadata.hot_pages_path.is_some());
         let SnapshotFacts::Complete(manifest) = self.inner.store.snapshot(&template.id) else {
             return;
         };
-        if known {
+        let memory = manifest.memory_generation;
+        let list = self.inner.store.data().hot_pages(&template.id);
+        if template.hot_list.is_usable(&list, &memory) {
             return;
         }
-        for fork in self.inner.registry.perhaps_forks(&template.id) {
-            if !self.records(&fork).await {
-                continue;
-            }
-            let Some(claim) = template.hot_list.claim(fork.id) else {
-                return;
-            };
-            if let Err(failed) = self.keep_recording(template, claim, &fork, manifest.memory_generation) {
-                tracing::warn!(instance = %fork.id, error = error_chain(&failed), "the recording of hot pages is not waited for");
-            }
+        // Side by side: a VMM that does not answer takes half a second.
+        let forks = self.inner.registry.perhaps_forks(&template.id);
+        let recording = join_all(forks.iter().map(|fork| self.records(fork))).await;
+        let Some((fork, _)) = forks.iter().zip(recording).find(|(_, records)| *records) else {
             return;
+        };
+        if let Some(claim) = template.hot_list.claim(fork.id)
+            && let Err(failed) = self.keep_recording(template, claim, fork, memory)
+        {
+            tracing::warn!(instance = %fork.id, error = error_chain(&failed), "the recording of hot pages is not waited for");
         }
     }
 

@@ -1,8 +1,11 @@
 //! A fork up to its first instruction: the VM of a snapshot, paused in a VMM of its own, in a directory that is no instance
 //! yet. What is left is to name it and to let it run.
 
+use std::time::Duration;
+
 use stencil_core::{EpochKind, InstanceId, NewInstance, VmGeneration, VmmRecord, error_chain};
 use stencil_vmm::{KillGuard, VmmProcess};
+use tokio::time::timeout;
 
 use crate::bring_up::Machine;
 use crate::fork::ForkBase;
@@ -11,6 +14,9 @@ use crate::hot_pages::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError};
+
+/// How long a killed VMM may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// A fork that has not run. Dropped, it leaves no process and no directory.
 #[derive(Debug)]
@@ -33,9 +39,11 @@ impl PreparedFork {
 
     /// Ends it, and returns when nothing of it is left.
     pub(crate) async fn end(self) {
-        let process: VmmProcess = self.process.keep();
-        if let Err(error) = process.terminate().await {
-            tracing::error!(fork = %self.id, error = error_chain(&error), "a prepared fork could not be ended");
+        let process: VmmProcess = self.process.clone();
+        // Killed: there is nothing in it to be saved.
+        drop(self.process);
+        if timeout(END_LIMIT, process.exited()).await.is_err() {
+            tracing::error!(fork = %self.id, "a prepared fork was killed, and is still there");
         }
     }
 }

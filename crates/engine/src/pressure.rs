@@ -1,6 +1,6 @@
 //! Whether the host is short of memory: what is there only to be fast gives way then.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,12 +10,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::AbortHandle;
 
 use crate::Engine;
-use crate::armed::end_all;
 use crate::host::Memory;
 
-/// Asks to be told when tasks have waited for memory for 600 ms of 2 s. A window of 2 s is what everyone may ask for
+/// Asks to be told when tasks have waited for memory for 200 ms of 2 s. A window of 2 s is what everyone may ask for
 /// (Linux, Documentation/accounting/psi.rst).
-const TRIGGER: &[u8] = b"some 600000 2000000\0";
+const TRIGGER: &[u8] = b"some 200000 2000000\0";
+/// How long it is looked whether what the kernel told is so, and the part of that time for which tasks must have waited:
+/// one of so many.
+const LOOK: Duration = Duration::from_millis(500);
+const MUCH: u32 = 10;
 /// Where the kernel tells.
 const PRESSURE: &str = "/proc/pressure/memory";
 /// How long after it was told the host still counts as short.
@@ -67,22 +70,12 @@ impl Engine {
             // An error means that the runtime ends.
             while let Ok(mut told) = pressure.ready(Interest::PRIORITY).await {
                 told.clear_ready();
+                if !is_under_pressure().await {
+                    continue;
+                }
                 let Some(inner) = engine.upgrade() else { return };
                 inner.pressure.tell();
-                let engine = Self { inner };
-                let mut forks = Vec::new();
-                for slot in engine.inner.registry.all() {
-                    let gone = slot.pool.empty();
-                    if !gone.is_empty() {
-                        // It finds the host short of memory, and looks again later.
-                        engine.refill(&slot);
-                        forks.extend(gone);
-                    }
-                }
-                if !forks.is_empty() {
-                    tracing::warn!(armed = forks.len(), "the host is short of memory: armed forks go");
-                    end_all(forks).await;
-                }
+                (Self { inner }).disarm_all().await;
             }
         });
         // It is started once, with the engine.
@@ -96,6 +89,21 @@ fn trigger() -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` is open and the same descriptor until it is dropped, and nothing takes it out of the `AsyncFd`,
     // which is only ever lent out shared.
     unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.map_err(|error| error.into_parts().1)
+}
+
+/// Whether tasks wait for memory now. For a process without CAP_SYS_RESOURCE some kernels count all waiting since the boot
+/// into a trigger's first window (seen on 6.18), so that the first event may mean nothing.
+async fn is_under_pressure() -> bool {
+    let Some(before) = waited() else { return true };
+    tokio::time::sleep(LOOK).await;
+    waited().is_none_or(|now| now.saturating_sub(before) >= LOOK / MUCH)
+}
+
+/// For how long tasks have waited for memory since the boot: `total` of `some`, in microseconds.
+fn waited() -> Option<Duration> {
+    let text = fs::read_to_string(PRESSURE).ok()?;
+    let some = text.lines().find(|line| line.starts_with("some "))?;
+    Some(Duration::from_micros(some.rsplit_once("total=")?.1.parse().ok()?))
 }
 
 /// Whether less than the spared part of the host's memory is available. Where that cannot be read, it is not.

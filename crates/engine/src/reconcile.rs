@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use stencil_core::{Metadata, ProcessIdentity, error_chain};
 use stencil_vmm::{VmmProcess, stray_processes};
 
@@ -32,15 +33,15 @@ impl Engine {
             self.inner.registry.add_stranger();
         }
         // A VMM that no record names belongs to an operation that did not end: the instance is as it was before it.
-        for process in stray_processes(&self.inner.store.data().instances()) {
-            if !recorded.contains(&process) {
-                tracing::warn!(
-                    pid = process.pid,
-                    "stopping a VMM that an interrupted operation left behind"
-                );
-                self.end_stray(&process).await;
-            }
+        let mut strays = stray_processes(&self.inner.store.data().instances());
+        strays.retain(|process| !recorded.contains(process));
+        if !strays.is_empty() {
+            tracing::warn!(
+                vmms = strays.len(),
+                "stopping VMMs that interrupted operations left behind"
+            );
         }
+        join_all(strays.iter().map(|process| self.end_stray(process))).await;
         let swept = self
             .on_disk(|store| {
                 let leftovers = store.leftovers()?;

@@ -36,24 +36,14 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let (store, id) = (&self.inner.store, slot.id);
         store.spend_snapshot(&id)?;
-        if let Err(failed) = self.let_run(slot, metadata, stopwatch).await {
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
+        if let Err(failed) = self.ask(slot, hypervisor.resume(&self.dir(&id))).await {
             if failed.was_refused() {
                 store.regain_snapshot(&id)?;
             }
             return Err(failed);
         }
-        Ok(store.discard_snapshot(&id)?)
-    }
-
-    /// Lets the vCPUs go on, of a VM of which there is no snapshot.
-    pub(crate) async fn let_run(
-        &self,
-        slot: &Slot,
-        metadata: &Metadata,
-        stopwatch: &mut Stopwatch,
-    ) -> Result<(), EngineError> {
-        let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        self.ask(slot, hypervisor.resume(&self.dir(&slot.id))).await?;
+        store.discard_snapshot(&id)?;
         stopwatch.lap("resume");
         Ok(())
     }

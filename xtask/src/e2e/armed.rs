@@ -48,7 +48,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const PAGES: u64 = 256;
 /// How long it is tried to make the host short of memory.
 const PRESSURE_LIMIT: Duration = Duration::from_secs(20);
-/// A host whose tasks waited for so long in that time is short of memory by any measure: the server is told at 600 ms in 2 s.
+/// A host whose tasks waited for so long in that time is short of memory by any measure: the server is told at 200 ms in 2 s.
 const MUCH_WAITED: Duration = Duration::from_secs(8);
 /// Requests after which a pool has to be full; each takes a moment in which it fills.
 const LOOKS: usize = 20_000;

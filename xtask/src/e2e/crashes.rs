@@ -177,15 +177,9 @@ fn killed_amid_forks(world: &mut World) -> Result<(), Failure> {
             listed.insert(vm.id.clone());
             match instance["state"].as_str() {
                 Some("Template") => continue,
-                Some("Paused") => vm.act("resume").map(drop)?,
                 Some("Running" | "Initializing") => vm.wait("Running")?,
                 _ => {
-                    return holds(
-                        false,
-                        "a fork after the crash",
-                        "Running or Paused",
-                        instance.to_string(),
-                    );
+                    return holds(false, "a fork after the crash", "Running", instance.to_string());
                 }
             }
             same("its counter", 2, vm.count()?)?;

@@ -26,6 +26,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "more forks than the server may have files open for are refused before anything starts",
         too_many_files,
     ),
+    ("armed forks give way to forks that are asked for", armed_give_way),
     (
         "forks that copy more memory than the host has are refused before anything starts",
         too_much_memory,
@@ -180,14 +181,7 @@ fn forks(world: &World) -> Result<Vec<Vm>, Failure> {
 
 fn too_many_files(world: &mut World) -> Result<(), Failure> {
     let template = world.template("warm")?;
-    let server = world.server.pid()?;
-    let limit = |current| {
-        let limit = Rlimit {
-            current: Some(current),
-            maximum: getrlimit(Resource::Nofile).maximum,
-        };
-        prlimit(Some(server), Resource::Nofile, limit)
-    };
+    let limit = |files| limit_open_files(world, files);
     limit(120)?;
     let error = refused(
         507,
@@ -218,6 +212,26 @@ fn too_many_files(world: &mut World) -> Result<(), Failure> {
     let room = usize::try_from(room).unwrap_or_default();
     for fork in template.forks(room)? {
         fork.answers()?;
+    }
+    Ok(())
+}
+
+fn limit_open_files(world: &World, files: u64) -> Result<(), Failure> {
+    let limit = Rlimit {
+        current: Some(files),
+        maximum: getrlimit(Resource::Nofile).maximum,
+    };
+    prlimit(Some(world.server.pid()?), Resource::Nofile, limit)?;
+    Ok(())
+}
+
+fn armed_give_way(world: &mut World) -> Result<(), Failure> {
+    armed::armed(world, 24)?;
+    let other = world.template("other")?;
+    // Of some 36 descriptors for VMMs, armed forks have 24.
+    limit_open_files(world, 120)?;
+    for fork in other.forks(20)? {
+        same("its counter", 2, fork.count()?)?;
     }
     Ok(())
 }

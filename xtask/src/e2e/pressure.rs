@@ -1,12 +1,12 @@
-//! Memory pressure on the host, as far as a scenario may make it: a process in a memory cgroup that is too small for the
-//! file that it reads over and over. The kernel counts what it waits for as everybody's.
+//! Memory pressure on the host, as far as a scenario may make it: processes in a memory cgroup that is too small for the
+//! file that they read over and over. The kernel counts what they wait for as everybody's.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, fadvise};
 
@@ -14,10 +14,13 @@ use super::failure::Failure;
 
 /// Memory of the group, in bytes.
 const GROUP_BYTES: u64 = 30 << 20;
+/// How long killed members may take to leave a group, and how often it is looked.
+const REMOVE_LIMIT: Duration = Duration::from_secs(10);
+const REMOVE_AGAIN: Duration = Duration::from_millis(10);
 /// What its process reads: enough that it never stays.
 const FILE_BYTES: u64 = 200 << 20;
 
-/// A process that waits for memory most of its time, until this is dropped.
+/// Processes that wait for memory much of their time, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Pressure {
     process: Child,
@@ -52,7 +55,7 @@ impl Pressure {
         command
             .args([
                 "-c",
-                "echo $$ > \"$1\" && while cat \"$0\" > /dev/null; do :; done",
+                "echo $$ > \"$1\" && for i in 1 2 3 4 5 6 7 8; do while cat \"$0\" > /dev/null; do :; done & done; wait",
             ])
             .arg(&file)
             .arg(group.path.join(group.members))
@@ -99,12 +102,13 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Members that have just been killed may still be in it for a moment.
-        for _ in 0..1000 {
+        // Members that have just been killed are still in it for a moment.
+        let deadline = Instant::now() + REMOVE_LIMIT;
+        while Instant::now() < deadline {
             if fs::remove_dir(&self.path).is_ok() {
                 return;
             }
-            std::thread::yield_now();
+            std::thread::sleep(REMOVE_AGAIN);
         }
         eprintln!("{} could not be removed", self.path.display());
     }

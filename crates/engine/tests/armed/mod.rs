@@ -129,6 +129,24 @@ async fn an_armed_fork_that_cannot_run_costs_the_caller_nothing() {
 }
 
 #[tokio::test]
+async fn an_armed_fork_that_does_not_answer_is_given_up_for_a_new_one() {
+    let house = House::new().await;
+    house.armed_template(2).await;
+    house.hypervisor.do_not_answer_once();
+    let fork = house
+        .engine
+        .fork("warm", None, ForkRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        (fork.state, fork.name.unwrap().as_str()),
+        (State::Running, "warm-1")
+    );
+    house.until_armed(2).await;
+    assert_eq!(house.processes().len(), 3, "it did not stay");
+}
+
+#[tokio::test]
 async fn more_forks_than_are_armed_are_made_as_ever() {
     let house = House::new().await;
     house.armed_template(2).await;

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -26,6 +27,8 @@ use tempfile::TempDir;
 pub(crate) struct Scripted {
     phases: Mutex<HashMap<OsString, VmPhase>>,
     failing: Mutex<Option<(&'static str, u32)>>,
+    /// How many next calls of `resume` are never answered.
+    deaf: AtomicU32,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
@@ -65,6 +68,11 @@ impl Scripted {
     /// The binary is replaced by one of this version.
     pub(crate) fn update(&self, version: &'static str) {
         *self.version.lock().unwrap() = Some(version);
+    }
+
+    /// The next VMM that is to resume does not answer.
+    pub(crate) fn do_not_answer_once(&self) {
+        self.deaf.store(1, Ordering::SeqCst);
     }
 
     fn call(&self, call: &'static str) -> Result<(), VmmError> {
@@ -137,6 +145,9 @@ impl Hypervisor for Scripted {
 
     async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError> {
         self.call("resume")?;
+        if self.deaf.swap(0, Ordering::SeqCst) > 0 {
+            std::future::pending::<()>().await;
+        }
         self.set(dir, VmPhase::Running);
         Ok(())
     }
