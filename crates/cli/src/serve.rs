@@ -21,7 +21,8 @@ use crate::args::Serve;
 use crate::failure::Failure;
 use crate::place;
 
-/// The server waits far more than it works: more threads than this only cost memory.
+/// The server waits far more than it works: more threads than this only cost memory. It leaves half of the cores to the
+/// VMMs that a request wakes; threads that hand the request to each other keep them from it.
 const MOST_THREADS: usize = 4;
 
 pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
@@ -29,7 +30,7 @@ pub(crate) fn run(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> 
     let _log = log();
     allow_many_files();
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(available_parallelism().map_or(2, |cores| cores.get().clamp(2, MOST_THREADS)))
+        .worker_threads(available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_THREADS)))
         .enable_all()
         .build()
         .map_err(Failure::Runtime)?
