@@ -69,7 +69,17 @@ impl Engine {
         count: u32,
         armed: usize,
     ) -> Result<Option<Promise>, EngineError> {
-        let modes = self.hypervisor(&spec.hypervisor)?.capabilities().memory_modes;
+        let able = self.hypervisor(&spec.hypervisor)?.capabilities();
+        let begins_as_another = plan.from != ForkFrom::Config && plan.target == State::Running;
+        if begins_as_another && !able.tells_identity && spec.readiness == Readiness::None {
+            return invalid(format!(
+                "{} cannot tell a fork's guest that it is a new machine, so it would run with its source's random numbers and \
+                 names; it takes a source with readiness.console, the text that its guest prints when it has renewed them, or \
+                 target_state Paused",
+                spec.hypervisor
+            ));
+        }
+        let modes = able.memory_modes;
         if !modes.contains(&plan.memory_mode) {
             let modes: Vec<String> = modes.iter().map(ToString::to_string).collect();
             return invalid(format!(

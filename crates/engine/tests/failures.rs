@@ -164,6 +164,26 @@ async fn console_input_is_refused_where_the_hypervisor_gives_guests_none() {
 }
 
 #[tokio::test]
+async fn a_fork_whose_guest_cannot_learn_that_it_is_one_does_not_run() {
+    let house = House::new().await;
+    house.template("warm").await;
+    house.hypervisor.tell_no_identity();
+    let before = house.directories();
+    let refused = house.engine.fork("warm", None, ForkRequest::default()).await;
+    assert!(
+        matches!(&refused, Err(EngineError::Invalid(why)) if why.contains("it takes a source with readiness.console")),
+        "{refused:?}"
+    );
+    assert_eq!(house.directories(), before);
+    let paused = ForkRequest {
+        target_state: Some(State::Paused),
+        ..ForkRequest::default()
+    };
+    let fork = house.engine.fork("warm", None, paused).await.unwrap();
+    assert_eq!(fork.state, State::Paused);
+}
+
+#[tokio::test]
 async fn a_fork_that_fails_leaves_nothing_and_frees_its_name() {
     for step in ["spawn", "restore", "resume"] {
         let house = House::new().await;

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -29,6 +29,7 @@ pub(crate) struct Scripted {
     failing: Mutex<Option<(&'static str, u32)>>,
     /// How many next calls of `resume` are never answered.
     deaf: AtomicU32,
+    tells_nothing: AtomicBool,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
@@ -68,6 +69,11 @@ impl Scripted {
     /// The binary is replaced by one of this version.
     pub(crate) fn update(&self, version: &'static str) {
         *self.version.lock().unwrap() = Some(version);
+    }
+
+    /// From now on it cannot tell a guest that it is a fork.
+    pub(crate) fn tell_no_identity(&self) {
+        self.tells_nothing.store(true, Ordering::SeqCst);
     }
 
     /// The next VMM that is to resume does not answer.
@@ -110,7 +116,7 @@ impl Hypervisor for Scripted {
             memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: 4,
             console_input: false,
-            tells_identity: false,
+            tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
         }
     }
 
