@@ -299,6 +299,8 @@ pub(crate) fn serve(stencil: &Path, data: &Path) -> Command {
         .arg("--data")
         .arg(data)
         .stdin(Stdio::null())
+        // Where whoever runs this has a server is no concern of this one.
+        .env_remove("STENCIL_SOCKET")
         .env("RUST_LOG", "info");
     command
 }
