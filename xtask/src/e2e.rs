@@ -19,6 +19,7 @@ mod snapshots;
 mod states;
 mod vcpus;
 mod vm;
+mod way;
 mod world;
 
 use std::path::PathBuf;
@@ -30,7 +31,8 @@ use crate::host::Host;
 use crate::report::{self, mark};
 use crate::{TaskError, build, setup};
 use failure::Failure;
-use world::{Way, World};
+use way::Way;
+use world::World;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {

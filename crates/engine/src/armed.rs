@@ -8,19 +8,17 @@
 //! A pool is filled behind the request that made room in it: one fork at a time on the whole server, none while the
 //! host is short of memory; then it is looked at again later. Nothing looks at a pool that is full.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use stencil_core::rules::{self, Operation};
 use stencil_core::{Durability, InstanceId, Metadata, error_chain};
-
 use tokio::time::timeout;
 
-use crate::hot_pages::HotPagesUse;
+use crate::hot_list::HotPagesUse;
 use crate::instance::{Armed, Stopwatch};
 use crate::lifecycle::Change;
-use crate::prepare::PreparedFork;
+use crate::pool::{ArmedFork, end_all};
 use crate::registry::Slot;
 use crate::{Engine, EngineError, ForkRequest, Instance};
 
@@ -38,127 +36,6 @@ const ARM_LIMIT: Duration = Duration::from_secs(10);
 const WHEN_SHORT: Duration = Duration::from_secs(10);
 /// When it is tried again to arm a fork after an error.
 const AFTER_ERROR: Duration = Duration::from_secs(60);
-
-/// The armed forks of one template.
-#[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Kept>);
-
-#[derive(Debug, Default)]
-struct Kept {
-    ready: VecDeque<ArmedFork>,
-    refill: Refill,
-    /// The server ends: nothing is kept any more.
-    closed: bool,
-}
-
-/// A fork that is kept prepared.
-#[derive(Debug)]
-pub(crate) struct ArmedFork {
-    fork: PreparedFork,
-    has_hot_pages: bool,
-}
-
-impl ArmedFork {
-    /// It, if it lives.
-    pub(crate) fn alive(self) -> Option<PreparedFork> {
-        let lives = self.fork.is_alive();
-        if !lives {
-            tracing::warn!(fork = %self.fork.id, "an armed fork has died; another is taken");
-        }
-        lives.then_some(self.fork)
-    }
-}
-
-/// Whether a task fills the pool.
-#[derive(Debug, Default, PartialEq, Eq)]
-enum Refill {
-    #[default]
-    Idle,
-    Busy,
-    /// It is to look once more before it ends.
-    Again,
-}
-
-impl Pool {
-    /// So many armed forks that live, or as many as there are; those that have died go.
-    pub(crate) fn take(&self, count: u32) -> Vec<ArmedFork> {
-        let mut kept = self.kept();
-        let mut taken = Vec::new();
-        while taken.len() < count as usize
-            && let Some(armed) = kept.ready.pop_front()
-        {
-            if armed.fork.is_alive() {
-                taken.push(armed);
-            }
-        }
-        taken
-    }
-
-    /// How many can be taken.
-    pub(crate) fn ready(&self) -> usize {
-        self.kept()
-            .ready
-            .iter()
-            .filter(|armed| armed.fork.is_alive())
-            .count()
-    }
-
-    /// How many there are, with those that have died unnoticed.
-    fn len(&self) -> usize {
-        self.kept().ready.len()
-    }
-
-    /// Takes those out that `goes` is true of.
-    fn remove(&self, goes: impl Fn(usize, &ArmedFork) -> bool) -> Vec<PreparedFork> {
-        let mut kept = self.kept();
-        let (mut gone, mut stay) = (Vec::new(), VecDeque::new());
-        for (index, armed) in std::mem::take(&mut kept.ready).into_iter().enumerate() {
-            if goes(index, &armed) {
-                gone.push(armed.fork);
-            } else {
-                stay.push_back(armed);
-            }
-        }
-        kept.ready = stay;
-        gone
-    }
-
-    /// Takes all of them out.
-    pub(crate) fn empty(&self) -> Vec<PreparedFork> {
-        self.remove(|_, _| true)
-    }
-
-    /// Gives it back where nothing is kept any more.
-    pub(crate) fn put(&self, armed: ArmedFork) -> Option<PreparedFork> {
-        let mut kept = self.kept();
-        if kept.closed {
-            return Some(armed.fork);
-        }
-        kept.ready.push_back(armed);
-        None
-    }
-
-    /// Whether the caller is to fill the pool; else someone does, and will look once more.
-    fn begin_refill(&self) -> bool {
-        let mut kept = self.kept();
-        let begins = kept.refill == Refill::Idle;
-        kept.refill = if begins { Refill::Busy } else { Refill::Again };
-        begins
-    }
-
-    /// Whether the caller is done; else it was asked to look once more.
-    fn end_refill(&self) -> bool {
-        let mut kept = self.kept();
-        let ends = kept.refill == Refill::Busy;
-        kept.refill = if ends { Refill::Idle } else { Refill::Busy };
-        ends
-    }
-
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        // Nothing panics while it holds this lock.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// What came of the attempt to arm one more fork.
 #[derive(Debug, PartialEq, Eq)]
@@ -255,7 +132,7 @@ impl Engine {
         };
         // Those that died make room.
         drop(slot.pool.remove(|_, armed| !armed.fork.is_alive()));
-        if slot.pool.kept().closed || !self.is_too_few_armed(slot, &base.metadata) {
+        if slot.pool.is_closed() || !self.is_too_few_armed(slot, &base.metadata) {
             return Ok(ArmOne::Enough);
         }
         if self.inner.pressure.is_short() {
@@ -328,12 +205,10 @@ impl Engine {
     /// Ends what only a server keeps: armed forks. VMs of instances go on running.
     pub async fn close(&self) {
         let slots = self.inner.registry.all();
-        for slot in &slots {
-            slot.pool.kept().closed = true;
-        }
+        let forks = slots.iter().flat_map(|slot| slot.pool.close()).collect();
         // The one that is being armed is ended by who arms it.
         let _turn = timeout(CLOSE_LIMIT, self.turn(&self.inner.arming)).await;
-        end_all(slots.iter().flat_map(|slot| slot.pool.empty()).collect()).await;
+        end_all(forks).await;
     }
 }
 
@@ -345,9 +220,4 @@ pub(crate) fn check(armed: Option<u32>) -> Result<(), EngineError> {
         ))),
         _ => Ok(()),
     }
-}
-
-/// Ends them side by side: each takes the kernel some 20 ms, which it mostly waits.
-pub(crate) async fn end_all(forks: Vec<PreparedFork>) {
-    futures_util::future::join_all(forks.into_iter().map(PreparedFork::end)).await;
 }

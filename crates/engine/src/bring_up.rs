@@ -4,17 +4,16 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use stencil_core::{
-    Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
-    VmGeneration, VmSpec, VmmRecord, error_chain,
+    Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata, SnapshotDir,
+    SnapshotFacts, SnapshotManifest, VmGeneration, VmSpec, VmmRecord, error_chain,
 };
 use stencil_vmm::{HotPages, Hypervisor, Restore, VmmError, VmmProcess};
 
 use crate::admission::check_boot_files;
-use crate::hot_pages::HotPagesUse;
+use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::readiness::ReadyScan;
 use crate::registry::{RunningVmm, Slot};
-use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError};
 
 impl Engine {
@@ -234,6 +233,25 @@ impl Engine {
                 .map_err(EngineError::vmm(slot.id))?;
         }
         Ok(())
+    }
+}
+
+/// A complete snapshot that a VM can be brought back from.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotSource {
+    pub(crate) dir: SnapshotDir,
+    pub(crate) manifest: SnapshotManifest,
+}
+
+impl SnapshotSource {
+    pub(crate) fn of(dir: &InstanceDir, snapshot: &SnapshotFacts) -> Option<Self> {
+        match snapshot {
+            SnapshotFacts::Complete(manifest) => Some(Self {
+                dir: dir.snapshot(),
+                manifest: manifest.clone(),
+            }),
+            SnapshotFacts::Absent | SnapshotFacts::Broken { .. } => None,
+        }
     }
 }
 

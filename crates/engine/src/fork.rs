@@ -1,25 +1,19 @@
 //! Forking: new machines that go on where a source stopped.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
-use stencil_core::{
-    Durability, InstanceId, InstanceName, MemoryMode, Metadata, SnapshotFacts, State, VmGeneration,
-    error_chain,
-};
-use stencil_vmm::{Call, ProcessError, VmmError};
-use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
-use tokio::time::timeout;
+use stencil_core::rules::{ForkFrom, Operation};
+use stencil_core::{Durability, InstanceId, InstanceName, SnapshotFacts, State, VmGeneration, error_chain};
+use stencil_vmm::VmmError;
 
-use crate::armed::{ArmedFork, end_all};
-use crate::hot_pages::HotPagesUse;
+use crate::begin::{NotBegun, fork_metadata};
+use crate::bring_up::SnapshotSource;
+use crate::fork_base::{ForkBase, put_back};
+use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
-use crate::limits::Promise;
-use crate::prepare::PreparedFork;
 use crate::registry::{Reservation, Slot};
-use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError, ForkRequest, ForksRequest, Instance};
 
 /// The most forks that one call makes.
@@ -130,66 +124,6 @@ impl Engine {
             None => source.id.to_string(),
         };
         self.inner.registry.reserve_numbered(&prefix, count)
-    }
-
-    /// Observes the source and decides; puts a running source on standby. The base keeps the source's lock, so that
-    /// nothing can demote, wake or delete it before its forks are on disk. It has those of `count` forks that are armed, and
-    /// promises what the others need.
-    pub(crate) async fn fork_base(
-        &self,
-        source: &Arc<Slot>,
-        request: ForkRequest,
-        count: u32,
-    ) -> Result<ForkBase, EngineError> {
-        let lock = if request.from_running {
-            SourceLock::Exclusive(self.exclusive(source).await?)
-        } else {
-            SourceLock::Shared(self.shared(source).await?)
-        };
-        let seen = self.observe(source).await?;
-        let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
-        let armed = if is_armed_for(&plan) {
-            source.pool.take(count)
-        } else {
-            Vec::new()
-        };
-        let admit = || self.admit_forks(source, &seen.metadata.spec, &plan, count, armed.len());
-        let mut promise = admit();
-        // Forks that nobody has asked for yet give way to those that are asked for.
-        if matches!(promise, Err(EngineError::NoRoom(_))) && self.disarm_all().await {
-            promise = admit();
-        }
-        let promise = match promise {
-            Ok(promise) => promise,
-            Err(failed) => {
-                put_back(source, armed).await;
-                return Err(failed);
-            }
-        };
-        let dir = self.dir(&source.id);
-        let snapshot = match plan.from {
-            ForkFrom::Config => None,
-            ForkFrom::Snapshot => Some(seen.snapshot.clone()),
-            ForkFrom::Running => {
-                let mut standby = Stopwatch::start(Operation::Standby);
-                self.suspend(source, seen.metadata.clone(), seen.state(), &mut standby)
-                    .await?;
-                Some(self.inner.store.snapshot(&source.id))
-            }
-        };
-        let snapshot = match snapshot {
-            None => None,
-            Some(facts) => Some(SnapshotSource::of(&dir, &facts).ok_or(EngineError::NoSnapshot(source.id))?),
-        };
-        Ok(ForkBase {
-            source: Arc::clone(source),
-            lock,
-            metadata: seen.metadata,
-            plan,
-            snapshot,
-            armed: Mutex::new(armed),
-            promise,
-        })
     }
 
     /// The forks are made: a source that ran before runs again, and a template's armed forks are made up for.
@@ -303,183 +237,4 @@ impl Engine {
             .await
             .map_err(|not_begun| not_begun.error)
     }
-
-    /// Lets a prepared fork run, and names it. Until its directory is renamed into place it does not exist for anybody else,
-    /// and a crash leaves nothing of it; from then on it is counted as a live fork. `limit` is how long its VMM may take to
-    /// let it run.
-    async fn begin(
-        &self,
-        base: &ForkBase,
-        snapshot: &SnapshotSource,
-        prepared: PreparedFork,
-        reservation: Reservation,
-        limit: Duration,
-        mut stopwatch: Stopwatch,
-    ) -> Result<Instance, NotBegun> {
-        let hypervisor = self.hypervisor(&base.metadata.spec.hypervisor)?;
-        let is_to_run = base.plan.target == State::Running;
-        let dir = prepared.new.dir();
-        let first = async {
-            if is_to_run {
-                hypervisor.resume(dir).await
-            } else {
-                // It is paused, and is asked whether it answers.
-                hypervisor.info(dir).await.map(drop)
-            }
-        };
-        let answer = match timeout(limit, prepared.process.during(first)).await {
-            Ok(answer) => answer,
-            Err(_elapsed) => Err(VmmError::Timeout {
-                call: Call::Resume,
-                after: limit,
-            }),
-        };
-        if let Err(source) = answer {
-            let error = EngineError::Vmm {
-                id: prepared.id,
-                source,
-            };
-            prepared.end().await;
-            return Err(NotBegun {
-                error,
-                reservation: Some(reservation),
-            });
-        }
-        if is_to_run {
-            stopwatch.lap("resume");
-        }
-        let PreparedFork {
-            id,
-            generation,
-            record,
-            recording,
-            process,
-            new,
-        } = prepared;
-        let metadata = Metadata {
-            vmm: Some(record.clone()),
-            ..fork_metadata(base, id, reservation.name().clone(), generation)
-        };
-        new.commit(&metadata, Durability::Renamed)?;
-        let (slot, guard) = reservation.commit(&metadata);
-        let process = process.keep();
-        self.adopt(&slot, process.clone(), &record, &metadata.spec);
-        if let Some(claim) = recording {
-            let memory = snapshot.manifest.memory_generation;
-            if let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory) {
-                tracing::warn!(instance = %id, error = error_chain(&failed), "the recording of hot pages is not waited for");
-            }
-        }
-        stopwatch.lap("record");
-        if !is_to_run {
-            slot.finished(stopwatch.timings());
-            return Ok(self.show(&slot).await?);
-        }
-        let awake = async {
-            // What its guest has printed by now is looked at first.
-            let changes = self.changes(&slot)?;
-            let is_ready = self.until_ready(&slot, changes).await?;
-            match process.has_exited() {
-                // A guest that is down can be looked at; of a VMM that has gone nothing is left.
-                Some(exit) if !is_ready => Err(EngineError::vmm(id)(VmmError::from(ProcessError::Gone {
-                    pid: process.identity().pid,
-                    exit,
-                }))),
-                _ => Ok(is_ready),
-            }
-        };
-        let is_ready = match awake.await {
-            Ok(is_ready) => is_ready,
-            Err(error) => {
-                let reservation = self.discard_but_name(&slot).await?;
-                return Err(NotBegun { error, reservation });
-            }
-        };
-        stopwatch.lap("ready");
-        slot.finished(stopwatch.timings());
-        drop(guard);
-        if is_ready {
-            // All facts were seen a moment ago.
-            Ok(self.show_running(&slot, metadata))
-        } else {
-            Ok(self.show(&slot).await?)
-        }
-    }
-}
-
-/// Nothing has come of a prepared fork, and nothing is left of it but, where it can be tried again, its name.
-#[derive(Debug)]
-struct NotBegun {
-    error: EngineError,
-    reservation: Option<Reservation>,
-}
-
-impl<E: Into<EngineError>> From<E> for NotBegun {
-    fn from(error: E) -> Self {
-        Self {
-            error: error.into(),
-            reservation: None,
-        }
-    }
-}
-
-/// Armed forks are of a template, and restored as forks that do not ask for a mode.
-fn is_armed_for(plan: &ForkPlan) -> bool {
-    plan.fork_of_template.is_some()
-        && plan.memory_mode == MemoryMode::default()
-        && matches!(plan.target, State::Running | State::Paused)
-}
-
-/// Gives back to the pool what was not needed.
-async fn put_back(source: &Slot, armed: Vec<ArmedFork>) {
-    end_all(
-        armed
-            .into_iter()
-            .filter_map(|armed| source.pool.put(armed))
-            .collect(),
-    )
-    .await;
-}
-
-fn fork_metadata(base: &ForkBase, id: InstanceId, name: InstanceName, generation: VmGeneration) -> Metadata {
-    let now = jiff::Timestamp::now();
-    rules::fork_metadata(&base.metadata, &base.plan, id, name, generation, now)
-}
-
-/// What forks are made from: the source as it was observed, under its lock.
-#[derive(Debug)]
-pub(crate) struct ForkBase {
-    pub(crate) source: Arc<Slot>,
-    lock: SourceLock,
-    pub(crate) metadata: Metadata,
-    pub(crate) plan: ForkPlan,
-    pub(crate) snapshot: Option<SnapshotSource>,
-    /// Taken from the source's pool for these forks.
-    armed: Mutex<Vec<ArmedFork>>,
-    promise: Option<Promise>,
-}
-
-impl ForkBase {
-    /// One of those that were taken, or one that came into the pool since.
-    fn next_armed(&self) -> Option<PreparedFork> {
-        if !is_armed_for(&self.plan) {
-            return None;
-        }
-        loop {
-            // Nothing panics while it holds this lock.
-            let taken = self.armed.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let armed = taken.or_else(|| self.source.pool.take(1).pop())?;
-            if let Some(fork) = armed.alive() {
-                return Some(fork);
-            }
-        }
-    }
-}
-
-/// Forks of something at rest are taken side by side; a running source is changed by being forked.
-#[derive(Debug)]
-#[expect(dead_code, reason = "a guard is held, not read")]
-enum SourceLock {
-    Shared(OwnedRwLockReadGuard<()>),
-    Exclusive(OwnedRwLockWriteGuard<()>),
 }

@@ -3,12 +3,20 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use stencil_core::{InstanceId, MemoryGeneration, error_chain};
 use stencil_uffd::HotPages;
+
+/// What a fork does about hot pages.
+#[derive(Debug)]
+pub(crate) enum HotPagesUse {
+    Nothing,
+    Prefetch(PathBuf),
+    Record(Claim),
+}
 
 /// The right of one fork to record for its template; given back when dropped.
 #[derive(Debug)]

@@ -4,27 +4,18 @@
 //! The list on disk is the truth. One that is damaged, or of another memory, counts as none: that is said, and the next
 //! fork records anew. A recording that this host does not let a VMM make never costs a fork.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 use stencil_core::rules::{self, ForkPlan};
 use stencil_core::{Durability, InstanceId, MemoryGeneration, MemoryMode, SnapshotFacts, error_chain};
 
-use crate::fork::ForkBase;
-use crate::hot_list::Claim;
+use crate::bring_up::SnapshotSource;
+use crate::fork_base::ForkBase;
+use crate::hot_list::{Claim, HotPagesUse};
 use crate::lifecycle::Change;
 use crate::registry::Slot;
-use crate::suspend::SnapshotSource;
 use crate::{Engine, EngineError, Instance};
-
-/// What a fork does about hot pages.
-#[derive(Debug)]
-pub(crate) enum HotPagesUse {
-    Nothing,
-    Prefetch(PathBuf),
-    Record(Claim),
-}
 
 impl Engine {
     /// Forgets which pages the forks of a template touch first, so that its next fork records them anew.

@@ -13,8 +13,8 @@
 //! | `registry`, `names` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
-//! | `prepare` | a fork up to its first instruction |
-//! | `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
+//! | `fork_base`, `prepare`, `begin` | a fork's hops: its source under its lock, up to its first instruction, and from there on |
+//! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
@@ -52,6 +52,7 @@
 
 mod admission;
 mod armed;
+mod begin;
 mod bring_up;
 mod changes;
 mod console;
@@ -60,6 +61,7 @@ mod delete;
 mod engine;
 mod error;
 mod fork;
+mod fork_base;
 mod host;
 mod hot_list;
 mod hot_pages;
@@ -69,6 +71,7 @@ mod lifecycle;
 mod limits;
 mod names;
 mod observe;
+mod pool;
 mod prepare;
 mod pressure;
 mod readiness;

@@ -15,9 +15,9 @@ use stencil_core::{InstanceId, InstanceName, Metadata};
 use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
-use crate::armed::Pool;
 use crate::hot_list::HotList;
 use crate::names::{Holder, Names};
+use crate::pool::Pool;
 use crate::readiness::ReadyScan;
 use crate::{EngineError, Timings};
 

@@ -3,12 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stencil_core::{
-    EpochKind, InstanceDir, MemoryGeneration, Metadata, SnapshotDir, SnapshotFacts, SnapshotManifest, State,
-};
+use stencil_core::{EpochKind, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State};
 
-use crate::bring_up::Machine;
-use crate::hot_pages::HotPagesUse;
+use crate::bring_up::{Machine, SnapshotSource};
+use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
 use crate::{Engine, EngineError};
@@ -137,25 +135,6 @@ impl Engine {
         self.until_ready(slot, changes).await?;
         stopwatch.lap("ready");
         Ok(())
-    }
-}
-
-/// A complete snapshot that a VM can be brought back from.
-#[derive(Clone, Debug)]
-pub(crate) struct SnapshotSource {
-    pub(crate) dir: SnapshotDir,
-    pub(crate) manifest: SnapshotManifest,
-}
-
-impl SnapshotSource {
-    pub(crate) fn of(dir: &InstanceDir, snapshot: &SnapshotFacts) -> Option<Self> {
-        match snapshot {
-            SnapshotFacts::Complete(manifest) => Some(Self {
-                dir: dir.snapshot(),
-                manifest: manifest.clone(),
-            }),
-            SnapshotFacts::Absent | SnapshotFacts::Broken { .. } => None,
-        }
     }
 }
 

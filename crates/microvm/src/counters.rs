@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use stencil_vmm_api::VmCounters;
 
-use crate::page_figures::PageFigures;
+use crate::page_figures::{PageFigures, nanoseconds};
 
 /// Counters of one VM, from its boot or restore on.
 pub(crate) struct Counters {
@@ -62,10 +62,6 @@ fn note(first: &AtomicU64) {
         // Where another vCPU was first, its time stays.
         let _ = first.compare_exchange(0, nanoseconds(now), Relaxed, Relaxed);
     }
-}
-
-pub(crate) fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// How long each phase of a restore took.

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use stencil_uffd::{Counters, Fatal, PageServer, Populated};
 
-use crate::counters::nanoseconds;
 use crate::locked::locked;
 
 /// The figures of one VM. They may be read on any thread; all else is for the thread that owns the VM.
@@ -118,4 +118,8 @@ impl PageFigures {
         }
         all
     }
+}
+
+pub(crate) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

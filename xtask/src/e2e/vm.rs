@@ -6,7 +6,7 @@ use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::failure::{Failure, answered, holds, refused, same};
-use super::world::Way;
+use super::way::Way;
 use crate::client::{Client, Reply};
 use crate::guest_console;
 

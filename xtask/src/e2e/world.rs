@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::failure::{Failure, answered, holds};
 use super::vm::Vm;
+use super::way::Way;
 use crate::build::Built;
 use crate::client::{Client, Reply};
 use crate::report;
@@ -24,34 +25,6 @@ pub(super) struct World {
     pub(super) kernel: PathBuf,
     hypervisor: String,
     way: Way,
-}
-
-/// How forks are made that do not say it themselves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    /// As the server does by default.
-    Plain,
-    /// With their memory served by userfaultfd.
-    Uffd,
-    /// From a pool of armed forks.
-    Armed,
-}
-
-impl Way {
-    /// A request for forks, made this way.
-    pub(super) fn request(self, mut request: Value) -> Value {
-        if self == Self::Uffd && request.get("memory_mode").is_none() {
-            request["memory_mode"] = json!("uffd");
-        }
-        request
-    }
-
-    fn options(self) -> &'static [&'static str] {
-        match self {
-            Self::Plain | Self::Uffd => &[],
-            Self::Armed => &["--armed", "4"],
-        }
-    }
 }
 
 impl World {

@@ -2,10 +2,13 @@
 
 use super::asking::{Asked, Forked, Watch};
 use super::fleet::Fleet;
-use super::growth::{FEW, MANY};
 use super::{LARGE, MEMORY, MIB, SMALL};
 use crate::bench::floor::Floor;
 use crate::bench::rows::{Bound, Quantiles, Row, Target, count};
+
+/// How many instances are on disk in the two servers that are compared.
+pub(super) const FEW: u32 = 10;
+pub(super) const MANY: u32 = 10_000;
 
 /// How a fork is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

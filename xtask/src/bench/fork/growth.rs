@@ -8,15 +8,12 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::asking::{Watch, ask};
-use super::figures::{Call, Kind, Series, Setting};
+use super::figures::{Call, FEW, Kind, MANY, Series, Setting};
 use super::world::World;
 use super::{BenchError, Extent, MEMORY};
 use crate::bench::rows::milliseconds;
 use crate::build::Built;
 use crate::report;
-
-pub(super) const FEW: u32 = 10;
-pub(super) const MANY: u32 = 10_000;
 
 /// Digits of an id: Crockford's base 32.
 const DIGITS: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";

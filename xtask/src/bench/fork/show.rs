@@ -2,9 +2,8 @@
 
 use super::asking::Forked;
 use super::charts::{LATENCY, MEMORY_USE};
-use super::figures::{Findings, Kind, RUN, Series, Setting, VM, WORK};
+use super::figures::{FEW, Findings, Kind, MANY, RUN, Series, Setting, VM, WORK};
 use super::fleet::{Fleet, WRITTEN};
-use super::growth::{FEW, MANY};
 use super::world::place;
 use super::{LARGE, MEMORY, SMALL};
 use crate::bench::grid::Grid;
