@@ -15,7 +15,8 @@ use crate::processes;
 
 /// What the test guest prints once it is awake in a restored VM.
 const AWAKE: &str = "ready epoch=restore";
-const NEW_PREFIX: &str = ".new-";
+/// How the directory of a fork begins that is no instance yet.
+pub(crate) const NEW_PREFIX: &str = ".new-";
 
 /// Something that was seen of an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@
 //!
 //! Nothing here links a crate of Stencil: it drives the binaries from outside, as a user would.
 
+mod armed;
 mod arrivals;
 mod bench;
 mod build;

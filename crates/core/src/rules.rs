@@ -76,9 +76,7 @@ impl Operation {
         Self::Fork,
         Self::Delete,
     ];
-}
 
-impl Operation {
     /// Whether live forks keep it from being done in this state. In every state for delete: that of a damaged template is
     /// Unknown.
     #[must_use]

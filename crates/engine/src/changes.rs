@@ -86,9 +86,7 @@ impl Watcher {
             reading: reading.abort_handle(),
         })
     }
-}
 
-impl Watcher {
     /// How many directories are watched.
     pub(crate) fn watched(&self) -> usize {
         locked(&self.watched).directories.len()

@@ -154,18 +154,7 @@ impl Engine {
 
     /// The instance as it is shown; unreadable metadata make it [`State::Unknown`], deletion an error.
     pub(crate) async fn show(&self, slot: &Slot) -> Result<Instance, EngineError> {
-        let mut instance = Instance {
-            id: slot.id,
-            name: slot.name.clone(),
-            metadata: None,
-            state: State::Unknown,
-            state_error: None,
-            forks: None,
-            armed: None,
-            memory_use: None,
-            pages: None,
-            timings: slot.timings(),
-        };
+        let mut instance = unseen(slot);
         match self.observe(slot).await {
             Ok(seen) => {
                 instance.state = seen.observed.state;
@@ -204,16 +193,10 @@ impl Engine {
         };
         let observed = stencil_core::observe::derive(&metadata, &SnapshotFacts::Absent, &up);
         Instance {
-            id: slot.id,
-            name: slot.name.clone(),
             metadata: Some(metadata),
             state: observed.state,
             state_error: observed.error,
-            forks: None,
-            armed: None,
-            memory_use: None,
-            pages: None,
-            timings: slot.timings(),
+            ..unseen(slot)
         }
     }
 
@@ -229,5 +212,21 @@ impl Engine {
     pub(crate) async fn live_forks(&self, slot: &Slot) -> Result<Vec<LiveFork>, EngineError> {
         let id = slot.id;
         self.on_disk(move |store| store.live_forks(&id)).await
+    }
+}
+
+/// What is known of an instance that was not looked at.
+fn unseen(slot: &Slot) -> Instance {
+    Instance {
+        id: slot.id,
+        name: slot.name.clone(),
+        metadata: None,
+        state: State::Unknown,
+        state_error: None,
+        forks: None,
+        armed: None,
+        memory_use: None,
+        pages: None,
+        timings: slot.timings(),
     }
 }

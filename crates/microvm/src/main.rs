@@ -8,6 +8,7 @@ use std::process;
 use std::process::ExitCode;
 
 use log::Log;
+use stencil_core::error_chain;
 use stencil_microvm::{ApiSocket, VERSION, serve};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
@@ -47,13 +48,7 @@ fn main() -> ExitCode {
     match serve(&socket) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut causes = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                causes = format!("{causes}: {cause}");
-                source = cause.source();
-            }
-            tracing::error!("{causes}");
+            tracing::error!("{}", error_chain(&error));
             ExitCode::FAILURE
         }
     }

@@ -24,13 +24,12 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
 use stencil_vmm_api::{
-    CpusConfig, MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, PayloadConfig, RestoreRequest,
-    SerialConfig, SerialMode, SnapshotRequest, VmConfig,
+    MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, RestoreRequest, SerialConfig, SerialMode, VmConfig,
 };
 use tokio::sync::OnceCell;
 
 use crate::process::{Launch, Session, StandardOutput};
-use crate::rest::{absolute, file_url, utf8};
+use crate::rest::{absolute, file_url};
 use crate::{
     Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess, binary,
     rest,
@@ -153,10 +152,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
-        let request = SnapshotRequest {
-            destination_url: file_url(destination.path())?,
-        };
-        Client::new(dir)?.snapshot(&request).await
+        rest::snapshot(dir, destination).await
     }
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
@@ -201,10 +197,6 @@ impl Hypervisor for CloudHypervisor {
 /// The definition of the VM.
 fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
     Ok(VmConfig {
-        cpus: CpusConfig {
-            boot_vcpus: spec.vcpus,
-            max_vcpus: spec.vcpus,
-        },
         memory: MemoryConfig {
             size: 0,
             zones: vec![MemoryZoneConfig {
@@ -213,16 +205,11 @@ fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
                 ..MemoryZoneConfig::default()
             }],
         },
-        payload: Some(PayloadConfig {
-            kernel: Some(utf8(&spec.kernel)?),
-            initramfs: spec.initrd.as_deref().map(utf8).transpose()?,
-            cmdline: Some(spec.cmdline.clone()),
-        }),
         serial: SerialConfig {
             mode: SerialMode::Tty,
             ..SerialConfig::default()
         },
-        ..VmConfig::default()
+        ..rest::vm_config(spec)?
     })
 }
 

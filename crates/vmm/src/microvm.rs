@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
 use stencil_vmm_api::{
-    CpusConfig, MICROVM_MAX_VCPUS, MemoryConfig, MemoryRestoreMode, PayloadConfig, RestoreRequest,
-    SerialConfig, SerialMode, SnapshotRequest, VmConfig,
+    MICROVM_MAX_VCPUS, MemoryConfig, MemoryRestoreMode, RestoreRequest, SerialConfig, SerialMode, VmConfig,
 };
 use tokio::sync::OnceCell;
 
@@ -109,10 +108,7 @@ impl Hypervisor for MicroVm {
     }
 
     async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
-        let request = SnapshotRequest {
-            destination_url: file_url(destination.path())?,
-        };
-        Client::new(dir)?.snapshot(&request).await
+        rest::snapshot(dir, destination).await
     }
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
@@ -159,25 +155,16 @@ impl Hypervisor for MicroVm {
 /// that a snapshot's `config.json` fits every fork.
 fn vm_config(spec: &VmSpec, generation: &VmGeneration) -> Result<VmConfig, VmmError> {
     Ok(VmConfig {
-        cpus: CpusConfig {
-            boot_vcpus: spec.vcpus,
-            max_vcpus: spec.vcpus,
-        },
         memory: MemoryConfig {
             size: spec.memory_bytes,
             zones: Vec::new(),
         },
-        payload: Some(PayloadConfig {
-            kernel: Some(utf8(&spec.kernel)?),
-            initramfs: spec.initrd.as_deref().map(utf8).transpose()?,
-            cmdline: Some(spec.cmdline.clone()),
-        }),
         serial: SerialConfig {
             mode: SerialMode::Socket,
             file: Some(InstanceDir::CONSOLE_LOG.to_owned()),
             socket: Some(InstanceDir::CONSOLE_SOCKET.to_owned()),
         },
         generation: Some(generation.to_string()),
-        ..VmConfig::default()
+        ..rest::vm_config(spec)?
     })
 }

@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use stencil_core::{GuestEnd, InstanceDir, VmPhase};
-use stencil_vmm_api::{VmInfo, VmState};
+use stencil_core::{GuestEnd, InstanceDir, SnapshotDir, VmPhase, VmSpec};
+use stencil_vmm_api::{CpusConfig, PayloadConfig, SnapshotRequest, VmConfig, VmInfo, VmState};
 
 use crate::process::{self, Launch};
 use crate::{Client, Exit, KillGuard, VmStatus, VmmError, VmmProcess};
@@ -24,6 +24,30 @@ pub(crate) async fn spawn(launch: Launch, dir: &InstanceDir) -> Result<VmmProces
             source: io::Error::other(error),
         }),
     }
+}
+
+/// Writes a paused VM into `destination`.
+pub(crate) async fn snapshot(dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
+    let request = SnapshotRequest {
+        destination_url: file_url(destination.path())?,
+    };
+    Client::new(dir)?.snapshot(&request).await
+}
+
+/// The part of a VM's definition that is the same for all: its vCPUs, and what it boots.
+pub(crate) fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
+    Ok(VmConfig {
+        cpus: CpusConfig {
+            boot_vcpus: spec.vcpus,
+            max_vcpus: spec.vcpus,
+        },
+        payload: Some(PayloadConfig {
+            kernel: Some(utf8(&spec.kernel)?),
+            initramfs: spec.initrd.as_deref().map(utf8).transpose()?,
+            cmdline: Some(spec.cmdline.clone()),
+        }),
+        ..VmConfig::default()
+    })
 }
 
 /// Ends a VMM: asks it, then SIGTERM, then SIGKILL; and removes its sockets.

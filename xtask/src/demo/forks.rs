@@ -7,6 +7,7 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use serde_json::{Value, json};
 
 use super::{DemoError, WARM, expect};
+use crate::armed::was_armed;
 use crate::arrivals::{Arrival, Arrivals};
 use crate::client::{ClientError, Reply};
 use crate::server::Server;
@@ -118,7 +119,7 @@ pub(super) fn fork(server: &Server, count: u32, what: &str) -> Result<Batch, Dem
         let bytes = |field: &str| shown["memory_use"][field].as_u64().unwrap_or_default();
         forks.push(Fork {
             name: text("name"),
-            was_armed: was_armed(&shown["timings"]),
+            was_armed: was_armed(&shown),
             reply,
             generation: text("generation"),
             first_line: heard.get(&id).map(|at| *at - asked),
@@ -134,11 +135,6 @@ pub(super) fn fork(server: &Server, count: u32, what: &str) -> Result<Batch, Dem
         fork.counter = counter.parse().unwrap_or_default();
     }
     Ok(Batch { forks })
-}
-
-fn was_armed(timings: &Value) -> bool {
-    let phases = timings["phases"].as_array().into_iter().flatten();
-    phases.into_iter().any(|phase| phase["name"] == "take")
 }
 
 impl Batch {

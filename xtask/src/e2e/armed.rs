@@ -11,6 +11,7 @@ use super::failure::{Failure, answered, holds, refused, same};
 use super::pressure::Pressure;
 use super::vm::Vm;
 use super::world::World;
+use crate::armed::was_armed;
 use crate::processes;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -100,9 +101,7 @@ fn until(template: &Vm, what: &str, holds: impl Fn(&Value) -> bool) -> Result<()
 /// A fork, and whether it was taken from the pool.
 fn fork(world: &World, template: &Vm) -> Result<(Vm, bool), Failure> {
     let made = answered(201, template.try_fork(json!({}))?)?;
-    let phases = made["timings"]["phases"].as_array().cloned().unwrap_or_default();
-    let was_armed = phases.iter().any(|phase| phase["name"] == "take");
-    Ok((world.vm(&made)?, was_armed))
+    Ok((world.vm(&made)?, was_armed(&made)))
 }
 
 /// The VMMs of the server that belong to no instance: the armed ones.

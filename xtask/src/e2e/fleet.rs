@@ -10,6 +10,7 @@ use super::failure::{Failure, holds, refused, same};
 use super::vm::Vm;
 use super::world::World;
 use super::{Scenario, armed};
+use crate::arrivals::NEW_PREFIX;
 use crate::client::Reply;
 use crate::{host, processes, report};
 
@@ -37,8 +38,6 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const FLEET: usize = 32;
 /// How often a fleet is tried until one of its forks is hit while it comes up.
 const ROUNDS: usize = 10;
-/// How the directory of a fork begins that is no instance yet.
-const NEW: &str = ".new-";
 /// The most forks of one call.
 const MOST: u64 = 1024;
 
@@ -99,7 +98,7 @@ fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply
             let directory = fs::read_link(format!("/proc/{}/cwd", found.pid.as_raw_nonzero()));
             let is_new = directory.is_ok_and(|path| {
                 let name = path.file_name().unwrap_or_default();
-                name.to_string_lossy().starts_with(NEW)
+                name.to_string_lossy().starts_with(NEW_PREFIX)
             });
             if is_new && seen.insert(found.pid) && seen.len() % 3 == 0 {
                 // It may have ended since.
@@ -158,7 +157,7 @@ fn halves(world: &World, reply: &Reply, killed: usize, armed: usize) -> Result<V
         .map_err(Failure::file(&instances))?
         .flatten()
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .partition(|name| name.starts_with(NEW));
+        .partition(|name| name.starts_with(NEW_PREFIX));
     same("instances", up + hit + 1, listed.len())?;
     same("directories", listed, on_disk)?;
     same("directories of forks that are armed", armed, new.len())?;

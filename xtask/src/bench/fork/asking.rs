@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::BenchError;
 use super::world::{World, in_parallel};
+use crate::armed::TAKE;
 use crate::arrivals::{Arrival, Arrivals};
 use crate::bench::rows::{count, milliseconds};
 use crate::client::{Client, Connection};
@@ -137,7 +138,7 @@ pub(super) fn ask(world: &World, template: &str, number: u32, watch: Watch) -> R
             run: since("first_exit_ns")?,
             ready: heard.get(&id).copied(),
             work,
-            armed: phases.iter().any(|(name, _)| name == "take"),
+            armed: phases.iter().any(|(name, _)| name == TAKE),
             restore: restore(&counters),
             phases,
             id,
