@@ -4,7 +4,7 @@
 //! <data>/lock                       one server per data directory
 //! <data>/stencil.sock               the server's default socket
 //! <data>/instances/<id>/metadata.json
-//!                       vmm.sock  console.sock  console.log  vmm.log
+//!                       vmm.sock  console.sock  agent.sock  console.log  vmm.log
 //!                       snapshot/manifest.json      written last
 //!                                config.json  state.json  memory-ranges
 //! <data>/instances/.new-<id>/       being made, or left by a crash
@@ -103,6 +103,9 @@ impl InstanceDir {
     /// The name of the console's socket in it, for the same use.
     pub const CONSOLE_SOCKET: &str = "console.sock";
 
+    /// The name of the socket in it that leads to the agent in its guest, for the same use.
+    pub const AGENT_SOCKET: &str = "agent.sock";
+
     /// The name under which its VMM leaves the hot pages that it recorded, for the same use.
     pub const RECORDED_HOT_PAGES: &str = "hot-pages";
 
@@ -140,6 +143,12 @@ impl InstanceDir {
     #[must_use]
     pub fn console_socket(&self) -> PathBuf {
         self.0.join(Self::CONSOLE_SOCKET)
+    }
+
+    /// The socket that leads to the agent in its guest, where the VMM gives the guest a port of its own for it.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        self.0.join(Self::AGENT_SOCKET)
     }
 
     /// The hot pages that its VMM recorded, until its template has them.

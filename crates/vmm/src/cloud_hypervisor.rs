@@ -26,6 +26,7 @@ use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGener
 use stencil_vmm_api::{
     MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, RestoreRequest, SerialConfig, SerialMode, VmConfig,
 };
+use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
 use crate::process::{Launch, Session, StandardOutput};
@@ -98,6 +99,7 @@ impl Hypervisor for CloudHypervisor {
             max_vcpus: MAX_VCPUS,
             console_input: false,
             tells_identity: false,
+            agent: false,
         }
     }
 
@@ -187,6 +189,10 @@ impl Hypervisor for CloudHypervisor {
     async fn page_counters(&self, _dir: &InstanceDir) -> Result<PageCounters, VmmError> {
         // It serves no pages.
         Ok(PageCounters::new())
+    }
+
+    async fn connect_agent(&self, _dir: &InstanceDir) -> Result<UnixStream, VmmError> {
+        Err(VmmError::NoAgentPort { name: NAME })
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {

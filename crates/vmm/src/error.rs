@@ -99,6 +99,22 @@ pub enum VmmError {
         mode: MemoryMode,
     },
 
+    /// The backend's guests have no port for an agent.
+    #[error("{name} gives its guests no port for an agent; run the instance on a hypervisor that does")]
+    NoAgentPort {
+        /// The backend.
+        name: HypervisorName,
+    },
+
+    /// The way to the agent in the guest could not be opened.
+    #[error("cannot reach the guest's agent through {}", socket.display())]
+    Agent {
+        /// The socket of the VMM that leads there.
+        socket: PathBuf,
+        /// What the system said, or what the VMM answered.
+        source: io::Error,
+    },
+
     /// A file of a snapshot cannot be read.
     #[error("cannot read {}, which is of a snapshot", path.display())]
     SnapshotFile {

@@ -9,6 +9,7 @@ use stencil_core::{
     GuestEnd, HypervisorName, InstanceDir, MemoryGeneration, MemoryMode, SnapshotDir, VmGeneration, VmPhase,
     VmSpec,
 };
+use tokio::net::UnixStream;
 
 use crate::{Exit, VmmError, VmmProcess};
 
@@ -95,6 +96,14 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// As [`info`](Self::info).
     async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError>;
 
+    /// A stream to the agent in the guest; the VMM's part of the conversation is over, so that what comes next is the
+    /// agent's own protocol. That somebody in the guest listens is not known.
+    ///
+    /// # Errors
+    /// [`VmmError::NoAgentPort`] where [`Capabilities::agent`] is false; [`VmmError::Agent`] when the VMM does not
+    /// connect.
+    async fn connect_agent(&self, dir: &InstanceDir) -> Result<UnixStream, VmmError>;
+
     /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
     /// bounded wait. Returns when the process is proved dead and its sockets are removed.
     ///
@@ -114,6 +123,8 @@ pub struct Capabilities {
     pub console_input: bool,
     /// Whether a restored guest is told who it is from now on: its generation id, its clock, and that it was restored.
     pub tells_identity: bool,
+    /// Whether its guests have a port through which an agent in them can be reached.
+    pub agent: bool,
 }
 
 /// What to restore, and how.

@@ -8,6 +8,7 @@ use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGener
 use stencil_vmm_api::{
     MICROVM_MAX_VCPUS, MemoryConfig, MemoryRestoreMode, RestoreRequest, SerialConfig, SerialMode, VmConfig,
 };
+use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
 use crate::process::{Launch, Session, StandardOutput};
@@ -66,6 +67,7 @@ impl Hypervisor for MicroVm {
             max_vcpus: MICROVM_MAX_VCPUS,
             console_input: true,
             tells_identity: true,
+            agent: false,
         }
     }
 
@@ -144,6 +146,10 @@ impl Hypervisor for MicroVm {
             .await?
             .remove("pages")
             .unwrap_or_default())
+    }
+
+    async fn connect_agent(&self, _dir: &InstanceDir) -> Result<UnixStream, VmmError> {
+        Err(VmmError::NoAgentPort { name: NAME })
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {

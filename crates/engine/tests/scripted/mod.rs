@@ -22,6 +22,7 @@ use stencil_vmm::{
     stray_processes,
 };
 use tempfile::TempDir;
+use tokio::net::UnixStream;
 
 #[derive(Debug, Default)]
 pub(crate) struct Scripted {
@@ -117,6 +118,7 @@ impl Hypervisor for Scripted {
             max_vcpus: 4,
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
+            agent: false,
         }
     }
 
@@ -198,6 +200,10 @@ impl Hypervisor for Scripted {
     async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {
         let recording = self.recording.lock().unwrap().contains(&key(dir));
         Ok([("recording".to_owned(), u64::from(recording))].into())
+    }
+
+    async fn connect_agent(&self, _: &InstanceDir) -> Result<UnixStream, VmmError> {
+        Err(VmmError::NoAgentPort { name: self.name() })
     }
 
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {

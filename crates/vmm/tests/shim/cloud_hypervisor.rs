@@ -288,6 +288,14 @@ async fn it_counts_no_pages() {
     assert!(world.vmm.page_counters(&dir).await.unwrap().is_empty());
 }
 
+#[tokio::test]
+async fn its_guests_have_no_port_for_an_agent() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    let refused = world.vmm.connect_agent(&dir).await.unwrap_err();
+    assert!(matches!(refused, VmmError::NoAgentPort { .. }), "{refused}");
+}
+
 #[test]
 fn the_documentation_has_the_capabilities_of_the_code() {
     let microvm = stencil_vmm::MicroVm::new("stencil-microvm".into());
@@ -313,6 +321,9 @@ fn the_documentation_has_the_capabilities_of_the_code() {
         }),
         row("a fork's guest is told who it is", &|backend| {
             yes_or_no(backend.capabilities().tells_identity)
+        }),
+        row("reaches an agent in the guest", &|backend| {
+            yes_or_no(backend.capabilities().agent)
         }),
     ]
     .concat();
