@@ -7,7 +7,7 @@ use stencil_core::{
     Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata, SnapshotDir,
     SnapshotFacts, SnapshotManifest, VmGeneration, VmSpec, VmmRecord, error_chain,
 };
-use stencil_vmm::{HotPages, Hypervisor, Restore, VmmError, VmmProcess};
+use stencil_vmm::{HotPages, Hypervisor, Restore, Start, VmmError, VmmProcess};
 
 use crate::admission::check_boot_files;
 use crate::hot_list::HotPagesUse;
@@ -30,7 +30,14 @@ impl Engine {
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
         let _permit = self.turn(&self.inner.bring_up).await;
         let console_offset = size_of(&dir.console_log());
-        let process = hypervisor.spawn(&dir).await.map_err(EngineError::vmm(slot.id))?;
+        let start = Start::Boot {
+            spec: &metadata.spec,
+            generation: &metadata.generation,
+        };
+        let process = hypervisor
+            .spawn(&dir, start)
+            .await
+            .map_err(EngineError::vmm(slot.id))?;
         stopwatch.lap("spawn");
         let booted = async {
             hypervisor
@@ -89,8 +96,6 @@ impl Engine {
             });
         }
         let console_offset = size_of(&dir.console_log());
-        let process = hypervisor.spawn(dir).await.map_err(EngineError::vmm(id))?;
-        stopwatch.lap("spawn");
         let (memory_mode, hot_pages) = match hot_pages {
             HotPagesUse::Nothing => (machine.memory_mode, HotPages::Unused),
             HotPagesUse::Prefetch(list) => (machine.memory_mode, HotPages::Prefetch(list)),
@@ -105,6 +110,11 @@ impl Engine {
             memory_generation: &source.manifest.memory_generation,
             hot_pages,
         };
+        let process = hypervisor
+            .spawn(dir, Start::Restore(&restore))
+            .await
+            .map_err(EngineError::vmm(id))?;
+        stopwatch.lap("spawn");
         // Whoever waits for it may go.
         let guard = process.clone().kill_on_drop();
         self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))

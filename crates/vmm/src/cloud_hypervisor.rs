@@ -32,8 +32,8 @@ use tokio::sync::OnceCell;
 use crate::process::{Launch, Session, StandardOutput};
 use crate::rest::{absolute, file_url};
 use crate::{
-    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess, binary,
-    rest,
+    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError, VmmProcess,
+    binary, rest,
 };
 use restore_dir::RestoreDir;
 pub use snapshot::SnapshotError;
@@ -121,7 +121,7 @@ impl Hypervisor for CloudHypervisor {
         self.version.get_or_try_init(ask).await.cloned()
     }
 
-    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+    async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
         let launch = Launch {
             binary: self.binary.clone(),
             stdout: StandardOutput::Console,

@@ -34,13 +34,16 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// [`VmmError::Spawn`] when the binary cannot be run, [`VmmError::Version`] when it does not say.
     async fn version(&self) -> Result<String, VmmError>;
 
-    /// Starts a VMM without a VM in `dir`, which must have none. When this returns its socket accepts connections.
+    /// Starts a VMM in `dir`, which must have none. When this returns its socket accepts connections, and nothing of the
+    /// guest has run.
+    ///
+    /// `start` says what will be asked of it next, for VMMs whose command line is the VM; the others are told by that call.
     ///
     /// Dropping the future midway kills what was started; dropping the [`VmmProcess`] does not.
     ///
     /// # Errors
     /// [`VmmError::Prepare`] or [`VmmError::Spawn`]; then there is no process and no socket.
-    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError>;
+    async fn spawn(&self, dir: &InstanceDir, start: Start<'_>) -> Result<VmmProcess, VmmError>;
 
     /// Defines the VM; it is not booted.
     ///
@@ -125,6 +128,20 @@ pub struct Capabilities {
     pub tells_identity: bool,
     /// Whether its guests have a port through which an agent in them can be reached.
     pub agent: bool,
+}
+
+/// What a VMM is started for.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// To be created and booted.
+    Boot {
+        /// The VM.
+        spec: &'a VmSpec,
+        /// Who the machine is.
+        generation: &'a VmGeneration,
+    },
+    /// To be restored.
+    Restore(&'a Restore<'a>),
 }
 
 /// What to restore, and how.

@@ -22,14 +22,16 @@
 //!
 //! ```no_run
 //! use stencil_core::{DataDir, InstanceId, VmGeneration, VmSpec};
-//! use stencil_vmm::{Hypervisor, MicroVm, VmmError};
+//! use stencil_vmm::{Hypervisor, MicroVm, Start, VmmError};
 //!
 //! async fn first_boot(data: &DataDir, id: &InstanceId, spec: &VmSpec) -> Result<(), VmmError> {
 //!     let hypervisor = MicroVm::new(MicroVm::find()?);
 //!     let dir = data.instance(id);
-//!     let process = hypervisor.spawn(&dir).await?;
+//!     let generation = VmGeneration::random();
+//!     let start = Start::Boot { spec, generation: &generation };
+//!     let process = hypervisor.spawn(&dir, start).await?;
 //!     // `during`: if the VMM dies instead of answering, the error says so, and how.
-//!     process.during(hypervisor.create(&dir, spec, &VmGeneration::random())).await?;
+//!     process.during(hypervisor.create(&dir, spec, &generation)).await?;
 //!     process.during(hypervisor.boot(&dir)).await?;
 //!     println!("{:?}", hypervisor.info(&dir).await?.phase);
 //!     println!("{}", hypervisor.stop(&dir, &process).await?);
@@ -49,6 +51,6 @@ mod rest;
 pub use client::{Call, Client, MAX_REPLY_BYTES};
 pub use cloud_hypervisor::{CloudHypervisor, SnapshotError};
 pub use error::VmmError;
-pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, VmStatus};
+pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus};
 pub use microvm::MicroVm;
 pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};

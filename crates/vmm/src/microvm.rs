@@ -14,8 +14,8 @@ use tokio::sync::OnceCell;
 use crate::process::{Launch, Session, StandardOutput};
 use crate::rest::{absolute, file_url, utf8};
 use crate::{
-    Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess,
-    binary, rest,
+    Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError,
+    VmmProcess, binary, rest,
 };
 
 /// The name under which instances ask for this backend.
@@ -78,7 +78,7 @@ impl Hypervisor for MicroVm {
             .cloned()
     }
 
-    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+    async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
         let launch = Launch {
             binary: self.binary.clone(),
             stdout: StandardOutput::Log,

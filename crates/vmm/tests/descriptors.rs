@@ -8,8 +8,8 @@
 use std::fs;
 use std::path::Path;
 
-use stencil_core::InstanceDir;
-use stencil_vmm::{Hypervisor, MicroVm, VmmProcess};
+use stencil_core::{InstanceDir, VmGeneration, VmSpec};
+use stencil_vmm::{Hypervisor, MicroVm, Start, VmmProcess};
 
 fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
@@ -18,12 +18,18 @@ fn open_descriptors() -> usize {
 #[tokio::test]
 async fn a_vmm_that_came_and_went_leaves_no_descriptor() {
     let vmms = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vmms");
+    let spec = VmSpec::new("microvm".parse().unwrap(), "/boot/guest.elf".into(), 1, 64 << 20);
+    let generation = VmGeneration::random();
+    let start = Start::Boot {
+        spec: &spec,
+        generation: &generation,
+    };
     let before = open_descriptors();
     for name in ["sleeps", "fails", "no-such-vmm"] {
         let scratch = tempfile::tempdir().unwrap();
         let dir = InstanceDir::new(scratch.path());
         let vmm = MicroVm::new(vmms.join(name));
-        let Ok(process) = vmm.spawn(&dir).await else {
+        let Ok(process) = vmm.spawn(&dir, start).await else {
             assert_eq!(name, "no-such-vmm");
             continue;
         };

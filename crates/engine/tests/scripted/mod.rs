@@ -18,7 +18,7 @@ use stencil_core::{
 };
 use stencil_engine::{Config, CreateRequest, Engine};
 use stencil_vmm::{
-    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, VmStatus, VmmError, VmmProcess,
+    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError, VmmProcess,
     stray_processes,
 };
 use tempfile::TempDir;
@@ -126,7 +126,7 @@ impl Hypervisor for Scripted {
         Ok(self.version.lock().unwrap().unwrap_or("1.0.0").to_owned())
     }
 
-    async fn spawn(&self, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+    async fn spawn(&self, dir: &InstanceDir, _: Start<'_>) -> Result<VmmProcess, VmmError> {
         self.call("spawn")?;
         let identity = identity(idle_vmm(dir.path()).id());
         self.set(dir, VmPhase::Undefined);

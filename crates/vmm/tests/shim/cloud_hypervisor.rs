@@ -9,7 +9,7 @@ use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, 
 use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, VmmError};
 use tempfile::TempDir;
 
-use crate::directory::fixture;
+use crate::directory::{fixture, spawn};
 use crate::fake::wait_until_ready;
 
 const MIB: u64 = 1 << 20;
@@ -57,7 +57,7 @@ impl World {
 
     /// Starts a VMM, which does not outlive the test.
     pub(crate) async fn spawn(&self, dir: &InstanceDir) -> KillGuard {
-        let process = self.vmm.spawn(dir).await.unwrap().kill_on_drop();
+        let process = spawn(&self.vmm, dir).await.unwrap().kill_on_drop();
         wait_until_ready(&dir.vmm_socket());
         process
     }

@@ -8,6 +8,7 @@ use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration};
 use stencil_vmm::{Call, CloudHypervisor, Exit, Hypervisor, VmmError, stray_processes};
 
 use crate::cloud_hypervisor::{World, left_in, spec};
+use crate::directory::spawn;
 
 /// The calls of a first life, in their order, up to the one that fails.
 async fn first_life(world: &World, dir: &InstanceDir) -> Result<(), VmmError> {
@@ -256,7 +257,7 @@ async fn a_binary_that_is_not_there_or_cannot_be_executed_is_named_and_leaves_no
         let error = vmm.version().await.unwrap_err();
         assert!(is_named(&error), "{error:?}");
         let dir = InstanceDir::new(world.file(""));
-        let error = vmm.spawn(&dir).await.unwrap_err();
+        let error = spawn(&vmm, &dir).await.unwrap_err();
         assert!(is_named(&error), "{error:?}");
         assert!(!dir.vmm_socket().exists());
     }
@@ -267,7 +268,7 @@ async fn a_socket_s_path_that_is_too_long_is_refused_with_the_numbers() {
     let world = World::new();
     let dir = InstanceDir::new(world.file(&"d".repeat(107)));
     fs::create_dir(dir.path()).unwrap();
-    let error = world.vmm.spawn(&dir).await.unwrap_err();
+    let error = spawn(&world.vmm, &dir).await.unwrap_err();
     let length = dir.vmm_socket().to_str().unwrap().len();
     assert_eq!(
         error.to_string(),

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use stencil_core::InstanceDir;
-use stencil_vmm::MicroVm;
+use stencil_core::{InstanceDir, VmGeneration, VmSpec};
+use stencil_vmm::{Hypervisor, MicroVm, Start, VmmError, VmmProcess};
 use tempfile::TempDir;
 
 /// An instance's directory that is removed at the end of the test.
@@ -59,4 +59,15 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures")
         .join(name)
+}
+
+/// Starts a VMM that is told by a later call what it is for.
+pub(crate) async fn spawn(vmm: &impl Hypervisor, dir: &InstanceDir) -> Result<VmmProcess, VmmError> {
+    let spec = VmSpec::new(vmm.name(), "/boot/guest.elf".into(), 1, 64 << 20);
+    let generation = VmGeneration::random();
+    let start = Start::Boot {
+        spec: &spec,
+        generation: &generation,
+    };
+    vmm.spawn(dir, start).await
 }

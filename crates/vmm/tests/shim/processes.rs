@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use stencil_core::ProcessIdentity;
 use stencil_vmm::{Exit, Hypervisor, ProcessError, VmmError, VmmProcess, stray_processes};
 
-use crate::directory::{Scratch, backend};
+use crate::directory::{Scratch, backend, spawn};
 
 /// The identity of a process whose program's name has no blanks, by the shortest way.
 fn identity(pid: u32) -> ProcessIdentity {
@@ -47,7 +47,7 @@ fn zombie() -> Child {
 #[tokio::test]
 async fn a_vmm_that_is_killed_tells_the_signal() {
     let scratch = Scratch::new();
-    let process = backend("sleeps").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("sleeps"), &scratch.dir).await.unwrap();
     assert_eq!(process.has_exited(), None);
     kill(process.identity().pid, Signal::KILL);
     assert_eq!(process.exited().await.to_string(), "killed by signal 9 (SIGKILL)");
@@ -57,7 +57,7 @@ async fn a_vmm_that_is_killed_tells_the_signal() {
 #[tokio::test]
 async fn a_vmm_that_ends_tells_its_code() {
     let scratch = Scratch::new();
-    let process = backend("fails").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("fails"), &scratch.dir).await.unwrap();
     assert_eq!(process.exited().await.to_string(), "exit code 3");
     assert_eq!(process.clone().exited().await, Exit::Code(3));
 }
@@ -65,7 +65,7 @@ async fn a_vmm_that_ends_tells_its_code() {
 #[tokio::test]
 async fn everyone_who_waits_is_told_the_same() {
     let scratch = Scratch::new();
-    let process = backend("sleeps").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("sleeps"), &scratch.dir).await.unwrap();
     let waiting: Vec<_> = (0..8)
         .map(|_| {
             let process = process.clone();
@@ -82,7 +82,7 @@ async fn everyone_who_waits_is_told_the_same() {
 #[tokio::test]
 async fn a_vmm_that_ends_leaves_no_zombie() {
     let scratch = Scratch::new();
-    let process = backend("fails").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("fails"), &scratch.dir).await.unwrap();
     let pid = process.identity().pid;
     drop(process);
     // The reaper is the only one left who waits; it must, by itself.
@@ -95,7 +95,7 @@ async fn a_vmm_that_ends_leaves_no_zombie() {
 async fn the_identity_is_that_of_the_running_process() {
     let scratch = Scratch::new();
     scratch.make_pipe();
-    let process = backend("waits").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("waits"), &scratch.dir).await.unwrap();
     assert_eq!(*process.identity(), identity(process.identity().pid));
     process.terminate().await.unwrap();
 }
@@ -147,7 +147,7 @@ async fn a_zombie_is_gone_and_left_to_its_parent() {
 async fn a_call_on_a_vmm_that_dies_fails_at_once_and_tells_how_it_died() {
     let scratch = Scratch::new();
     let vmm = backend("sleeps");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     let (booted, ()) = tokio::join!(process.during(vmm.boot(&scratch.dir)), async {
         // The call has connected and waits for an answer that never comes.
         tokio::task::yield_now().await;
@@ -171,7 +171,7 @@ async fn a_call_on_a_vmm_that_dies_fails_at_once_and_tells_how_it_died() {
 async fn a_call_on_a_vmm_that_never_came_up_tells_its_exit_code() {
     let scratch = Scratch::new();
     let vmm = backend("fails");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     let error = process.during(vmm.boot(&scratch.dir)).await.unwrap_err();
     assert!(
         matches!(
@@ -189,7 +189,7 @@ async fn a_call_on_a_vmm_that_never_came_up_tells_its_exit_code() {
 async fn memory_is_told_while_the_process_lives() {
     let scratch = Scratch::new();
     scratch.make_pipe();
-    let process = backend("waits").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("waits"), &scratch.dir).await.unwrap();
     let memory = process.memory().unwrap();
     assert!(memory.private > 0 && memory.pss >= memory.private, "{memory:?}");
     assert_eq!(memory.rss, memory.private + memory.shared, "{memory:?}");

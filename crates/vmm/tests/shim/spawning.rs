@@ -4,18 +4,19 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
 
 use stencil_core::InstanceDir;
 use stencil_vmm::{Exit, Hypervisor, MicroVm, VmmError, stray_processes};
 
-use crate::directory::{Scratch, backend, fixture};
+use crate::directory::{Scratch, backend, fixture, spawn};
 
 #[tokio::test]
 async fn a_vmm_starts_in_its_directory_and_speaks_into_its_log() {
     let scratch = Scratch::new();
-    let process = backend("fails").spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&backend("fails"), &scratch.dir).await.unwrap();
     assert_eq!(process.exited().await, Exit::Code(3));
     let name = scratch.path().file_name().unwrap().to_str().unwrap();
     assert_eq!(
@@ -28,7 +29,11 @@ async fn a_vmm_starts_in_its_directory_and_speaks_into_its_log() {
 async fn the_log_of_an_earlier_start_is_kept() {
     let scratch = Scratch::new();
     for _ in 0..2 {
-        backend("fails").spawn(&scratch.dir).await.unwrap().exited().await;
+        spawn(&backend("fails"), &scratch.dir)
+            .await
+            .unwrap()
+            .exited()
+            .await;
     }
     assert_eq!(scratch.log().matches("this host has no KVM").count(), 2);
 }
@@ -37,8 +42,7 @@ async fn the_log_of_an_earlier_start_is_kept() {
 async fn a_vmm_has_its_socket_as_input_and_nothing_of_the_server_s() {
     let scratch = Scratch::new();
     let secret = fs::File::create(scratch.path().join("secret")).unwrap();
-    backend("shows-descriptors")
-        .spawn(&scratch.dir)
+    spawn(&backend("shows-descriptors"), &scratch.dir)
         .await
         .unwrap()
         .exited()
@@ -65,7 +69,7 @@ async fn a_socket_that_an_earlier_vmm_left_is_no_obstacle() {
     let scratch = Scratch::new();
     drop(UnixListener::bind(scratch.dir.vmm_socket()).unwrap());
     let vmm = backend("sleeps");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     // Connecting works before the VMM has done anything.
     UnixStream::connect(scratch.dir.vmm_socket()).unwrap();
     process.terminate().await.unwrap();
@@ -74,8 +78,7 @@ async fn a_socket_that_an_earlier_vmm_left_is_no_obstacle() {
 #[tokio::test]
 async fn a_binary_that_is_not_there_leaves_no_socket() {
     let scratch = Scratch::new();
-    let error = MicroVm::new("/nonexistent/vmm".into())
-        .spawn(&scratch.dir)
+    let error = spawn(&MicroVm::new("/nonexistent/vmm".into()), &scratch.dir)
         .await
         .unwrap_err();
     assert!(matches!(&error, VmmError::Spawn { binary, .. } if binary == Path::new("/nonexistent/vmm")));
@@ -84,8 +87,7 @@ async fn a_binary_that_is_not_there_leaves_no_socket() {
 
 #[tokio::test]
 async fn a_directory_that_is_not_there_is_named() {
-    let error = backend("sleeps")
-        .spawn(&InstanceDir::new("/nonexistent/instance"))
+    let error = spawn(&backend("sleeps"), &InstanceDir::new("/nonexistent/instance"))
         .await
         .unwrap_err();
     assert!(
@@ -100,7 +102,7 @@ async fn a_start_that_is_given_up_leaves_no_process() {
     scratch.make_pipe();
     {
         let vmm = backend("waits");
-        let mut start = vmm.spawn(&scratch.dir);
+        let mut start = pin!(spawn(&vmm, &scratch.dir));
         // Polled once, so that the start is under way on its own thread; then dropped.
         std::future::poll_fn(|context| Poll::Ready(start.as_mut().poll(context).is_pending())).await;
     }

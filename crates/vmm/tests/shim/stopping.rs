@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use rustix::process::{Pid, Signal, kill_process};
 use stencil_vmm::{Exit, Hypervisor};
 
-use crate::directory::{Scratch, backend};
+use crate::directory::{Scratch, backend, spawn};
 use crate::replayer::{Replayer, Reply};
 
 /// Whether the process is there, be it as a zombie.
@@ -18,7 +18,7 @@ fn exists(pid: u32) -> bool {
 async fn a_vmm_is_asked_to_end_first() {
     let scratch = Scratch::new();
     let vmm = backend("sleeps");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     // The replayer answers in its place, and the process ends as if it had.
     fs::remove_file(scratch.dir.vmm_socket()).unwrap();
     let replayer = Replayer::start(&scratch.dir, vec![Reply::Recorded("vmm-shutdown")]);
@@ -45,7 +45,7 @@ async fn a_vmm_is_asked_to_end_first() {
 async fn a_vmm_that_does_not_answer_is_terminated() {
     let scratch = Scratch::new();
     let vmm = backend("sleeps");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     drop(UnixListener::bind(scratch.dir.console_socket()).unwrap());
     assert_eq!(vmm.stop(&scratch.dir, &process).await.unwrap(), Exit::Signal(15));
     assert!(!exists(process.identity().pid));
@@ -58,7 +58,7 @@ async fn a_vmm_that_ignores_sigterm_is_killed() {
     let scratch = Scratch::new();
     scratch.make_pipe();
     let vmm = backend("ignores-sigterm");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     assert_eq!(scratch.wait_until_told(), "deaf\n");
     assert_eq!(vmm.stop(&scratch.dir, &process).await.unwrap(), Exit::Signal(9));
     assert!(!exists(process.identity().pid));
@@ -68,7 +68,7 @@ async fn a_vmm_that_ignores_sigterm_is_killed() {
 async fn a_vmm_that_is_stopped_by_a_signal_is_killed() {
     let scratch = Scratch::new();
     let vmm = backend("sleeps");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     let pid = Pid::from_raw(process.identity().pid.try_into().unwrap()).unwrap();
     kill_process(pid, Signal::STOP).unwrap();
     assert_eq!(vmm.stop(&scratch.dir, &process).await.unwrap(), Exit::Signal(9));
@@ -78,7 +78,7 @@ async fn a_vmm_that_is_stopped_by_a_signal_is_killed() {
 async fn stopping_what_has_ended_cleans_up_and_tells_how_it_ended() {
     let scratch = Scratch::new();
     let vmm = backend("fails");
-    let process = vmm.spawn(&scratch.dir).await.unwrap();
+    let process = spawn(&vmm, &scratch.dir).await.unwrap();
     process.exited().await;
     for _ in 0..2 {
         assert_eq!(vmm.stop(&scratch.dir, &process).await.unwrap(), Exit::Code(3));
