@@ -120,6 +120,10 @@ fn told(error: &EngineError) -> ApiError {
             .with("made_by", made_by.as_str())
             .with("here", here.as_str()),
         EngineError::Store(error) => store(error),
+        EngineError::Vmm {
+            source: full @ VmmError::ConsoleFull { .. },
+            ..
+        } => ApiError::conflict("console_full", full.to_string()),
         EngineError::Vmm { id, source } => ApiError::internal(vmm(id, source)),
         EngineError::SourceNotRestored { forks, source, .. } => {
             let cause = told(source);
@@ -321,6 +325,11 @@ mod tests {
             vmm(VmmError::Snapshot {
                 path: SECRET.into(),
                 source: SnapshotError::Truncated { has: 1, needs: 2 },
+            }),
+            vmm(VmmError::ConsoleFull {
+                taken: 4096,
+                given: 8192,
+                after: Duration::from_secs(5),
             }),
             EngineError::SourceNotRestored {
                 id: id(),

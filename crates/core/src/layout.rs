@@ -4,7 +4,7 @@
 //! <data>/lock                       one server per data directory
 //! <data>/stencil.sock               the server's default socket
 //! <data>/instances/<id>/metadata.json
-//!                       vmm.sock  console.sock  agent.sock  console.log  vmm.log
+//!                       vmm.sock  console.sock or console.tty  agent.sock  console.log  vmm.log
 //!                       snapshot/manifest.json      written last
 //!                                config.json  state.json  memory-ranges
 //! <data>/instances/.new-<id>/       being made, or left by a crash
@@ -149,6 +149,13 @@ impl InstanceDir {
     #[must_use]
     pub fn agent_socket(&self) -> PathBuf {
         self.0.join(Self::AGENT_SOCKET)
+    }
+
+    /// The link to the terminal that leads to its guest's serial port, for VMMs that take input from one. It is right for as
+    /// long as the VMM lives that it was made for.
+    #[must_use]
+    pub fn console_terminal(&self) -> PathBuf {
+        self.0.join("console.tty")
     }
 
     /// The hot pages that its VMM recorded, until its template has them.

@@ -1,7 +1,7 @@
 //! The guest's serial console: what it printed, and what it is given to read.
 //!
 //! The console log on disk is the one source for output, whatever the hypervisor: it survives the VMM and the server,
-//! and growth is told by inotify. Input goes to the VMM's console socket.
+//! and growth is told by inotify. Input goes the hypervisor's way.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -11,8 +11,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::stream::BoxStream;
 use stencil_core::InstanceDir;
-use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
+use stencil_vmm::VmmError;
 
 use crate::changes::Changes;
 use crate::registry::Slot;
@@ -63,33 +62,25 @@ impl Engine {
     /// # Errors
     ///
     /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::NoConsole`] while its VM is down;
-    /// [`EngineError::Invalid`] if its hypervisor gives guests no input.
+    /// [`EngineError::Invalid`] if its hypervisor gives guests no input; [`EngineError::Vmm`] if they cannot be given, with
+    /// [`VmmError::ConsoleFull`] if the guest does not read them.
     pub async fn console_write(&self, reference: &str, input: &[u8]) -> Result<(), EngineError> {
         let slot = self.inner.registry.find(reference)?;
         let name = self.read(&slot.id)?.spec.hypervisor;
-        if !self.hypervisor(&name)?.capabilities().console_input {
+        let hypervisor = self.hypervisor(&name)?;
+        if !hypervisor.capabilities().console_input {
             return Err(EngineError::Invalid(format!(
                 "instance {} runs on {name}, whose guests get no console input; reach them by another way",
                 slot.id
             )));
         }
-        let path = self.dir(&slot.id).console_socket();
-        let mut console = match UnixStream::connect(&path).await {
-            Ok(console) => console,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                return Err(EngineError::NoConsole(slot.id));
-            }
-            Err(error) => return Err(EngineError::io("connect to", path)(error)),
-        };
-        console
-            .write_all(input)
-            .await
-            .map_err(EngineError::io("write to", path))
+        let running = slot.vmm().ok_or(EngineError::NoConsole(slot.id))?;
+        let dir = self.dir(&slot.id);
+        let call = hypervisor.console_input(&dir, &running.process, input);
+        running.process.during(call).await.map_err(|failed| match failed {
+            VmmError::Ended { .. } => EngineError::NoConsole(slot.id),
+            failed => EngineError::vmm(slot.id)(failed),
+        })
     }
 }
 

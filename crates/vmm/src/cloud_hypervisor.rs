@@ -1,8 +1,9 @@
 //! The backend for Cloud Hypervisor, v51 to v53, as it is released.
 //!
 //! ```text
-//!   <instance>/vmm.sock      bound here, handed to it as standard input: `--api-socket fd=0`, so it makes no `.lock`
+//!   <instance>/vmm.sock      bound here and inherited: `--api-socket fd=N`, so it makes no `.lock`
 //!              console.log   its standard output: the guest's serial port in mode `Tty`, appended
+//!              console.tty   leads to the terminal that is its standard input: what the serial port reads
 //!              vmm.log       its standard error: what it says of itself
 //!              restoring/    while a VM is restored: the snapshot's files, rewritten for this instance
 //! ```
@@ -11,8 +12,7 @@
 //! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
 //! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the log says why.
 //!
-//! Its guests get no input through the serial port, which in mode `Tty` reads terminals only, and are not told their
-//! generation: it has no device for that.
+//! Its guests are not told their generation: it has no device for that.
 
 mod fork_plan;
 mod restore_dir;
@@ -29,11 +29,11 @@ use stencil_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
-use crate::process::{Launch, Session, StandardOutput};
+use crate::process::{Launch, Session, Streams};
 use crate::rest::{absolute, file_url};
 use crate::{
     Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError, VmmProcess,
-    binary, rest,
+    binary, console, rest,
 };
 use restore_dir::RestoreDir;
 pub use snapshot::SnapshotError;
@@ -97,7 +97,7 @@ impl Hypervisor for CloudHypervisor {
         Capabilities {
             memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow],
             max_vcpus: MAX_VCPUS,
-            console_input: false,
+            console_input: true,
             tells_identity: false,
             agent: false,
         }
@@ -124,7 +124,7 @@ impl Hypervisor for CloudHypervisor {
     async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
         let launch = Launch {
             binary: self.binary.clone(),
-            stdout: StandardOutput::Console,
+            streams: Streams::Console,
             session: Session::OfItsOwn,
         };
         rest::spawn(launch, dir).await
@@ -184,6 +184,10 @@ impl Hypervisor for CloudHypervisor {
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
         Ok(rest::status(Client::new(dir)?.info().await?))
+    }
+
+    async fn console_input(&self, dir: &InstanceDir, vmm: &VmmProcess, input: &[u8]) -> Result<(), VmmError> {
+        console::write_to_terminal(dir, vmm, input).await
     }
 
     async fn page_counters(&self, _dir: &InstanceDir) -> Result<PageCounters, VmmError> {

@@ -216,6 +216,29 @@ pub enum VmmError {
         source: serde_json::Error,
     },
 
+    /// The way to the guest's console is not there, or broke.
+    #[error("cannot write to the guest's console at {}", path.display())]
+    Console {
+        /// The console's socket or terminal.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The guest's console takes no more input.
+    #[error(
+        "the guest's console took {taken} of {given} bytes of input and no more within {after:?}; the guest does not read it, \
+         or its VM is paused"
+    )]
+    ConsoleFull {
+        /// How many bytes it took.
+        taken: usize,
+        /// How many it was given.
+        given: usize,
+        /// How long was waited for it to take more.
+        after: Duration,
+    },
+
     /// The process could not be observed or ended.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -226,7 +249,7 @@ impl VmmError {
     pub(crate) fn lost_connection(&self) -> bool {
         matches!(
             self,
-            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. }
+            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. } | Self::Console { .. }
         )
     }
 }

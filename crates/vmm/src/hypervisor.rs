@@ -93,6 +93,13 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// error: it is [`VmPhase::Undefined`].
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError>;
 
+    /// Gives the guest bytes to read from its serial port. `vmm` is the process that runs the VM.
+    ///
+    /// # Errors
+    /// [`VmmError::Console`] when there is nobody to read them; [`VmmError::ConsoleFull`] when they are not read for some
+    /// seconds: a part of them may have been.
+    async fn console_input(&self, dir: &InstanceDir, vmm: &VmmProcess, input: &[u8]) -> Result<(), VmmError>;
+
     /// How the guest's pages came to it since the restore; empty where the VMM does not serve them.
     ///
     /// # Errors
@@ -122,7 +129,7 @@ pub struct Capabilities {
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that a VM can have.
     pub max_vcpus: u32,
-    /// Whether what is written to the console's socket is the guest's input. If not, there is no such socket.
+    /// Whether the guest's serial port takes input; see [`Hypervisor::console_input`].
     pub console_input: bool,
     /// Whether a restored guest is told who it is from now on: its generation id, its clock, and that it was restored.
     pub tells_identity: bool,

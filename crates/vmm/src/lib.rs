@@ -42,6 +42,7 @@
 mod binary;
 mod client;
 mod cloud_hypervisor;
+mod console;
 mod error;
 mod hypervisor;
 mod microvm;

@@ -11,11 +11,11 @@ use stencil_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
-use crate::process::{Launch, Session, StandardOutput};
+use crate::process::{Launch, Session, Streams};
 use crate::rest::{absolute, file_url, utf8};
 use crate::{
     Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError,
-    VmmProcess, binary, rest,
+    VmmProcess, binary, console, rest,
 };
 
 /// The name under which instances ask for this backend.
@@ -81,7 +81,7 @@ impl Hypervisor for MicroVm {
     async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
         let launch = Launch {
             binary: self.binary.clone(),
-            stdout: StandardOutput::Log,
+            streams: Streams::Own,
             // It makes one itself, which is faster: see `process::spawn`.
             session: Session::OfTheServer,
         };
@@ -138,6 +138,15 @@ impl Hypervisor for MicroVm {
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
         Ok(rest::status(Client::new(dir)?.info().await?))
+    }
+
+    async fn console_input(
+        &self,
+        dir: &InstanceDir,
+        _vmm: &VmmProcess,
+        input: &[u8],
+    ) -> Result<(), VmmError> {
+        console::write_to_socket(dir, input).await
     }
 
     async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {

@@ -9,6 +9,7 @@ mod memory;
 mod procfs;
 mod spawn;
 mod stray;
+mod terminal;
 
 use std::io;
 use std::ops::Deref;
@@ -27,7 +28,7 @@ use tokio::io::unix::AsyncFd;
 use crate::VmmError;
 pub use exit::Exit;
 pub use memory::MemoryUse;
-pub(crate) use spawn::{Launch, Session, StandardOutput, remove_socket, spawn};
+pub(crate) use spawn::{Launch, Session, Streams, remove_socket, spawn};
 pub use stray::stray_processes;
 
 /// How long a VMM has after SIGTERM. Its teardown takes some 25 ms for KVM's part, and longer for much memory.

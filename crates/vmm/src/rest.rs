@@ -63,7 +63,7 @@ pub(crate) async fn stop(dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, Vm
         Some(exit) => exit,
         None => vmm.terminate().await?,
     };
-    for socket in [dir.vmm_socket(), dir.console_socket()] {
+    for socket in [dir.vmm_socket(), dir.console_socket(), dir.console_terminal()] {
         process::remove_socket(&socket).map_err(|source| VmmError::Prepare { path: socket, source })?;
     }
     Ok(exit)

@@ -197,6 +197,10 @@ impl Hypervisor for Scripted {
         Ok(VmStatus { phase, end: None })
     }
 
+    async fn console_input(&self, _: &InstanceDir, _: &VmmProcess, _: &[u8]) -> Result<(), VmmError> {
+        unreachable!("it takes none");
+    }
+
     async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {
         let recording = self.recording.lock().unwrap().contains(&key(dir));
         Ok([("recording".to_owned(), u64::from(recording))].into())

@@ -1,12 +1,12 @@
 //! Starting a VMM, so that it listens before it runs.
 //!
-//! The socket is bound and listening here, and becomes the child's standard input: who connects waits in its
+//! The socket is bound and listening here, and the child inherits it: who connects waits in its
 //! backlog until the VMM accepts. So there is no wait for a socket to appear. The child has it alone: when the
 //! child dies nobody listens any more, and every connection breaks at once.
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
@@ -14,9 +14,11 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use stencil_core::InstanceDir;
 use stencil_core::layout::MAX_SOCKET_PATH;
 
+use super::terminal::Terminal;
 use super::{KillGuard, VmmProcess};
 use crate::VmmError;
 
@@ -25,18 +27,19 @@ use crate::VmmError;
 pub(crate) struct Launch {
     /// The VMM's binary, by its absolute path.
     pub(crate) binary: PathBuf,
-    /// Where its standard output goes. Its standard error goes to the instance's `vmm.log` in any case.
-    pub(crate) stdout: StandardOutput,
+    /// What its standard input and output are. Its standard error goes to the instance's `vmm.log` in any case.
+    pub(crate) streams: Streams,
     /// Which session it begins in.
     pub(crate) session: Session,
 }
 
-/// Where a VMM's standard output goes; what is there already is kept.
+/// What a VMM's standard input and output are; what is in their files already is kept.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum StandardOutput {
-    /// To `vmm.log`: the VMM speaks of itself.
-    Log,
-    /// To `console.log`: it is the guest's serial port.
+pub(crate) enum Streams {
+    /// The VMM's own: it accepts on its input, and speaks of itself into `vmm.log`.
+    Own,
+    /// The guest's serial port: input is from the terminal behind `console.tty`, output goes to `console.log`. The VMM
+    /// accepts on a descriptor of another number.
     Console,
 }
 
@@ -49,11 +52,12 @@ pub(crate) enum Session {
     OfItsOwn,
 }
 
-/// Starts the VMM with `--api-socket fd=0` in `dir`.
+/// Starts the VMM with `--api-socket fd=N` in `dir`.
 ///
 /// This blocks until the child has begun to execute: some 0.6 ms. std starts it by `posix_spawn`, which shares the
 /// parent's memory instead of copying its page tables, unless the session asks for code between fork and exec.
-/// All descriptors but the three standard ones are closed on exec, as everything that std and rustix open is.
+/// All descriptors but the three standard ones and those of a console are closed on exec, as everything that std and rustix
+/// open is.
 pub(crate) fn spawn(launch: &Launch, dir: &InstanceDir) -> Result<KillGuard, VmmError> {
     let socket = dir.vmm_socket();
     let length = socket.as_os_str().as_bytes().len();
@@ -62,8 +66,9 @@ pub(crate) fn spawn(launch: &Launch, dir: &InstanceDir) -> Result<KillGuard, Vmm
     }
     let started = start(launch, dir, &socket);
     if started.is_err() {
-        // Best effort: a socket without a listener refuses, and the next start removes it.
+        // Best effort: a socket without a listener refuses, and the next start removes both.
         let _ = fs::remove_file(&socket);
+        let _ = fs::remove_file(dir.console_terminal());
     }
     started
 }
@@ -74,18 +79,29 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
         source,
     })?;
     let stderr = append_to(dir.vmm_log())?;
-    let stdout = append_to(match launch.stdout {
-        StandardOutput::Log => dir.vmm_log(),
-        StandardOutput::Console => dir.console_log(),
-    })?;
-
     let mut command = Command::new(&launch.binary);
-    command
-        .args(["--api-socket", "fd=0"])
-        .current_dir(dir.path())
-        .stdin(Stdio::from(OwnedFd::from(listener)))
-        .stdout(stdout)
-        .stderr(stderr);
+    command.current_dir(dir.path()).stderr(stderr).arg("--api-socket");
+    match launch.streams {
+        Streams::Own => {
+            command
+                .arg("fd=0")
+                .stdin(Stdio::from(OwnedFd::from(listener)))
+                .stdout(append_to(dir.vmm_log())?);
+        }
+        Streams::Console => {
+            let link = dir.console_terminal();
+            let terminal = Terminal::open().and_then(|terminal| {
+                terminal.link(&link)?;
+                Ok(terminal)
+            });
+            let terminal = terminal.map_err(|source| VmmError::Prepare { path: link, source })?;
+            command
+                .arg(format!("fd={}", listener.as_raw_fd()))
+                .stdin(Stdio::from(terminal.reader))
+                .stdout(append_to(dir.console_log())?);
+            inherit(&mut command, [OwnedFd::from(listener), terminal.writer]);
+        }
+    }
     if let Session::OfItsOwn = launch.session {
         // SAFETY: what runs between fork and exec is one system call: it takes no lock and allocates nothing.
         unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
@@ -103,6 +119,19 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
             Err(error.into())
         }
     }
+}
+
+/// Lets the child have the descriptors, under the numbers that they have here.
+fn inherit(command: &mut Command, descriptors: [OwnedFd; 2]) {
+    let keep_open = move || {
+        descriptors
+            .iter()
+            .try_for_each(|descriptor| fcntl_setfd(descriptor, FdFlags::empty()))
+            .map_err(io::Error::from)
+    };
+    // SAFETY: what runs between fork and exec are system calls on the child's own table of descriptors: it takes no lock and
+    // allocates nothing.
+    unsafe { command.pre_exec(keep_open) };
 }
 
 /// Binds and listens; a socket that an earlier VMM left is removed.

@@ -164,7 +164,10 @@ async fn forks_go_on_from_the_snapshot_in_both_memory_modes_and_leave_it_as_it_i
         let process = world.spawn(&dir).await;
         world.restore(&dir, &template, mode).await.unwrap();
         assert_eq!(world.phase(&dir).await, VmPhase::Paused);
-        assert_eq!(left_in(&dir), ["console.log", "vmm.log", "vmm.sock"]);
+        assert_eq!(
+            left_in(&dir),
+            ["console.log", "console.tty", "vmm.log", "vmm.sock"]
+        );
         world.vmm.resume(&dir).await.unwrap();
         assert_eq!(printed(&dir), line);
         world.vmm.stop(&dir, &process).await.unwrap();

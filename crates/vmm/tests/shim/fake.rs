@@ -6,8 +6,8 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, FromRawFd};
+use std::io::{IsTerminal, Read, Write};
+use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ use crate::replayer::recorded;
 
 /// What a test asks to know that the fake has started; it is answered as every unknown path.
 const READY: &str = "fake.ready";
+/// What a test asks to let the guest read its console and print what it has read; answered in the same way.
+const READ: &str = "fake.read";
 const MEMORY_MANAGER: &str = "/snapshots/memory-manager/snapshot_data/state";
 
 #[test]
@@ -28,27 +30,34 @@ fn plays_cloud_hypervisor() {
     let Some(home) = std::env::var_os("FAKE_HOME") else {
         return;
     };
-    let arguments: Vec<String> = std::env::args().collect();
-    assert!(
-        arguments.ends_with(&["--api-socket".into(), "fd=0".into()]),
-        "{arguments:?}"
-    );
-    let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let socket = std::env::args().next_back().unwrap();
+    let socket = socket.strip_prefix("fd=").unwrap().parse().unwrap();
+    let console = std::env::var("FAKE_CONSOLE").unwrap().parse().unwrap();
     let mut fake = Fake {
         faults: Faults::read(Path::new(&home)),
         // SAFETY: the script has opened it for this, and nobody else in this program knows of it.
-        console: unsafe { File::from_raw_fd(3) },
+        console: unsafe { File::from_raw_fd(console) },
         vm: None,
     };
-    for connection in UnixListener::from(socket).incoming() {
+    // SAFETY: it was inherited for this, and nobody else in this program knows of it.
+    for connection in unsafe { UnixListener::from_raw_fd(socket) }.incoming() {
         fake.serve(connection.unwrap());
     }
 }
 
 /// Waits until the fake has started, so that its start does not count against the first call's deadline.
 pub(crate) fn wait_until_ready(socket: &Path) {
+    ask(socket, READY);
+}
+
+/// Lets the guest read what is in its console, at most 64 bytes of it, and print it.
+pub(crate) fn let_guest_read(socket: &Path) {
+    ask(socket, READ);
+}
+
+fn ask(socket: &Path, what: &str) {
     let mut connection = UnixStream::connect(socket).unwrap();
-    write!(connection, "GET /api/v1/{READY} HTTP/1.1\r\n\r\n").unwrap();
+    write!(connection, "GET /api/v1/{what} HTTP/1.1\r\n\r\n").unwrap();
     connection.read_exact(&mut [0]).unwrap();
 }
 
@@ -88,7 +97,7 @@ impl Fake {
     /// As in Cloud Hypervisor one thread serves all connections, one after the other.
     fn serve(&mut self, mut connection: UnixStream) {
         while let Some((call, body)) = read_request(&mut connection) {
-            if call != READY {
+            if ![READY, READ].contains(&call.as_str()) {
                 eprintln!("{call} {body}");
             }
             let reply = match self.faults.at(&call) {
@@ -125,6 +134,10 @@ impl Fake {
             "vm.resume" => self.resume(),
             "vm.snapshot" => self.snapshot(&path_in(body, "destination_url")),
             "vm.restore" => self.restore(&path_in(body, "source_url")),
+            READ => {
+                self.read_console();
+                recorded("unknown-path")
+            }
             _ => recorded("unknown-path"),
         }
     }
@@ -196,6 +209,14 @@ impl Fake {
         if mode.is_some_and(|mode| mode == "Tty") {
             writeln!(self.console, "{line}").unwrap();
         }
+    }
+
+    /// In mode `Tty`, input comes from the standard input, and only if that is a terminal.
+    fn read_console(&mut self) {
+        assert!(std::io::stdin().is_terminal());
+        let mut input = [0; 64];
+        let length = rustix::io::read(std::io::stdin(), &mut input).unwrap();
+        self.print(&format!("read {}", input[..length].escape_ascii()));
     }
 
     fn snapshot(&self, directory: &Path) -> Reply {
