@@ -190,7 +190,7 @@ pub(crate) struct Fork {
     /// The state in which it begins [default: Running; Stopped for a Stopped source]
     #[arg(long, value_name = "STATE")]
     pub(crate) target_state: Option<State>,
-    /// How its memory comes back: cow, copy or uffd
+    /// How its memory comes back: cow, copy, uffd or ondemand
     #[arg(long, value_name = "MODE")]
     pub(crate) memory_mode: Option<MemoryMode>,
 }

@@ -172,6 +172,9 @@ pub enum MemoryMode {
     Cow,
     /// Each page is served through userfaultfd when it is touched first.
     Uffd,
+    /// Cloud Hypervisor's own: it serves pages as they are touched, and reads all others meanwhile.
+    #[serde(rename = "ondemand")]
+    OnDemand,
 }
 
 impl fmt::Display for MemoryMode {
@@ -180,13 +183,14 @@ impl fmt::Display for MemoryMode {
             Self::Copy => "copy",
             Self::Cow => "cow",
             Self::Uffd => "uffd",
+            Self::OnDemand => "ondemand",
         })
     }
 }
 
 /// What was to be a memory mode is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a memory mode is \"copy\", \"cow\" or \"uffd\"")]
+#[error("a memory mode is \"copy\", \"cow\", \"uffd\" or \"ondemand\"")]
 pub struct MemoryModeError;
 
 impl FromStr for MemoryMode {
@@ -197,6 +201,7 @@ impl FromStr for MemoryMode {
             "copy" => Ok(Self::Copy),
             "cow" => Ok(Self::Cow),
             "uffd" => Ok(Self::Uffd),
+            "ondemand" => Ok(Self::OnDemand),
             _ => Err(MemoryModeError),
         }
     }

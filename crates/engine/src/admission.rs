@@ -98,6 +98,8 @@ impl Engine {
         let data_bytes = match (plan.memory_mode, plan.from) {
             // Shared, or not there before the guest has booted.
             (MemoryMode::Cow, _) | (_, ForkFrom::Config) => 0,
+            // Also its zeros are put in place page by page.
+            (MemoryMode::OnDemand, _) => spec.memory_bytes,
             (_, ForkFrom::Snapshot) => allocated_bytes(&self.dir(&source.id).snapshot().memory_ranges()),
             // Its snapshot will have at most what its VMM holds now.
             (_, ForkFrom::Running) => source

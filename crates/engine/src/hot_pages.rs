@@ -164,7 +164,7 @@ impl Engine {
     }
 }
 
-/// Whether such a fork has to do with hot pages: in `copy` every page is there in any case.
+/// Whether such a fork has to do with hot pages: in `copy` every page is there in any case, and `ondemand` takes none.
 fn uses_hot_pages(plan: &ForkPlan) -> bool {
-    plan.fork_of_template.is_some() && plan.memory_mode != MemoryMode::Copy
+    plan.fork_of_template.is_some() && matches!(plan.memory_mode, MemoryMode::Cow | MemoryMode::Uffd)
 }

@@ -119,7 +119,7 @@ impl Needs {
         let own_copy_bytes = match mode {
             MemoryMode::Cow => 0,
             // Every page that the guest touches becomes its own, at once or as it goes.
-            MemoryMode::Copy | MemoryMode::Uffd => data_bytes,
+            MemoryMode::Copy | MemoryMode::Uffd | MemoryMode::OnDemand => data_bytes,
         };
         Self {
             memory_bytes: VMM_BYTES.saturating_add(own_copy_bytes),
@@ -275,6 +275,7 @@ mod tests {
         assert_eq!(bytes(MemoryMode::Cow), VMM_BYTES);
         assert_eq!(bytes(MemoryMode::Copy), VMM_BYTES + GIB);
         assert_eq!(bytes(MemoryMode::Uffd), VMM_BYTES + GIB);
+        assert_eq!(bytes(MemoryMode::OnDemand), VMM_BYTES + GIB);
     }
 
     #[test]

@@ -11,10 +11,12 @@
 //! A VM is created with one private memory zone, because only a zone can be given a file later: in
 //! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
 //! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the log says why.
+//! [`MemoryMode::OnDemand`] is its own lazy restore, since v52.
 //!
 //! Its guests are not told their generation: it has no device for that.
 
 mod fork_plan;
+mod lazy;
 mod restore_dir;
 mod snapshot;
 
@@ -44,6 +46,8 @@ const NAME: HypervisorName = HypervisorName::from_static("cloud-hypervisor");
 const BINARY: &str = "cloud-hypervisor";
 /// The releases whose API and snapshots are known.
 const KNOWN_RELEASES: std::ops::RangeInclusive<u32> = 51..=53;
+/// The first release that restores memory lazily. Others ignore that it is asked for, and copy.
+const ON_DEMAND_SINCE: u32 = 52;
 /// APIC ids have 8 bits where there is no interrupt remapping, and the last means all of them.
 const MAX_VCPUS: u32 = 254;
 /// Name of the memory zone.
@@ -68,6 +72,16 @@ impl CloudHypervisor {
     /// Where the binary is: in the first directory of `PATH` that has it.
     pub fn find() -> Option<PathBuf> {
         binary::find_in(BINARY, None, &env::var_os("PATH").unwrap_or_default())
+    }
+
+    /// The memory modes of its release; of the newest until the binary was asked for its version.
+    fn memory_modes(&self) -> Vec<MemoryMode> {
+        let release = self.version.get().and_then(|version| release(version));
+        let mut modes = vec![MemoryMode::Copy, MemoryMode::Cow];
+        if release.is_none_or(|release| release >= ON_DEMAND_SINCE) {
+            modes.push(MemoryMode::OnDemand);
+        }
+        modes
     }
 
     /// That the VMM which answers is the version that the binary said. The binary may have been replaced since, and a
@@ -95,7 +109,7 @@ impl Hypervisor for CloudHypervisor {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow],
+            memory_modes: self.memory_modes(),
             max_vcpus: MAX_VCPUS,
             console_input: true,
             tells_identity: false,
@@ -154,17 +168,17 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
-        rest::snapshot(dir, destination).await
+        lazy::snapshot(dir, destination).await
     }
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
-        let map = match request.memory_mode {
-            MemoryMode::Copy => false,
-            MemoryMode::Cow => true,
-            mode @ MemoryMode::Uffd => return Err(VmmError::MemoryMode { name: NAME, mode }),
-        };
         let client = Client::new(dir)?;
         self.check_version(&client).await?;
+        let mode = request.memory_mode;
+        if !self.memory_modes().contains(&mode) {
+            return Err(VmmError::MemoryMode { name: NAME, mode });
+        }
+        let map = mode == MemoryMode::Cow;
         let (to, from) = (dir.clone(), request.snapshot.clone());
         let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, map)).await;
         let (files, not_mapped) = made.map_err(|error| VmmError::Prepare {
@@ -176,7 +190,10 @@ impl Hypervisor for CloudHypervisor {
         }
         let request = RestoreRequest {
             source_url: file_url(files.path())?,
-            memory_restore_mode: MemoryRestoreMode::Copy,
+            memory_restore_mode: match mode {
+                MemoryMode::OnDemand => MemoryRestoreMode::OnDemand,
+                _ => MemoryRestoreMode::Copy,
+            },
             ..RestoreRequest::default()
         };
         client.restore(&request).await

@@ -126,6 +126,7 @@ impl Hypervisor for MicroVm {
                 MemoryMode::Copy => MemoryRestoreMode::Copy,
                 MemoryMode::Cow => MemoryRestoreMode::Cow,
                 MemoryMode::Uffd => MemoryRestoreMode::Uffd,
+                mode @ MemoryMode::OnDemand => return Err(VmmError::MemoryMode { name: NAME, mode }),
             },
             resume: false,
             generation: Some(request.generation.to_string()),

@@ -86,6 +86,7 @@ fn readiness_and_memory_mode_have_their_words() {
         (MemoryMode::Copy, "copy"),
         (MemoryMode::Cow, "cow"),
         (MemoryMode::Uffd, "uffd"),
+        (MemoryMode::OnDemand, "ondemand"),
     ] {
         assert_eq!(serde_json::to_value(mode).unwrap(), json!(word));
         assert_eq!(mode.to_string(), word);
@@ -94,7 +95,7 @@ fn readiness_and_memory_mode_have_their_words() {
     assert_eq!(MemoryMode::default(), MemoryMode::Cow);
     assert_eq!(
         "fast".parse::<MemoryMode>().unwrap_err().to_string(),
-        "a memory mode is \"copy\", \"cow\" or \"uffd\""
+        "a memory mode is \"copy\", \"cow\", \"uffd\" or \"ondemand\""
     );
 }
 

@@ -151,7 +151,7 @@ async fn a_vm_lives_from_create_to_shutdown() {
 }
 
 #[tokio::test]
-async fn forks_go_on_from_the_snapshot_in_both_memory_modes_and_leave_it_as_it_is() {
+async fn forks_go_on_from_the_snapshot_in_each_memory_mode_and_leave_it_as_it_is() {
     let world = World::new();
     let template = world.snapshot().await;
     let before = fs::read(template.memory_ranges()).unwrap();
@@ -159,6 +159,7 @@ async fn forks_go_on_from_the_snapshot_in_both_memory_modes_and_leave_it_as_it_i
         ("fork-1", MemoryMode::Cow, "resumed 2 in mapped memory\n"),
         ("fork-2", MemoryMode::Cow, "resumed 2 in mapped memory\n"),
         ("fork-3", MemoryMode::Copy, "resumed 2 in copied memory\n"),
+        ("fork-4", MemoryMode::OnDemand, "resumed 2 in lazy memory\n"),
     ] {
         let dir = world.instance(name);
         let process = world.spawn(&dir).await;
@@ -209,6 +210,32 @@ async fn a_fork_s_own_snapshot_can_be_restored_in_both_memory_modes() {
     }
     // What a guest printed is kept, whichever VMM it was that ran it.
     assert_eq!(printed(&dir).lines().count(), 3);
+}
+
+#[tokio::test]
+async fn a_snapshot_waits_until_lazy_memory_is_there() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let dir = world.instance("fork");
+    let _process = world.spawn(&dir).await;
+    world
+        .restore(&dir, &template, MemoryMode::OnDemand)
+        .await
+        .unwrap();
+    fs::create_dir(dir.snapshot().path()).unwrap();
+    world.vmm.snapshot(&dir, &dir.snapshot()).await.unwrap();
+    let asked = world.requests(&dir).matches("vm.snapshot").count();
+    assert_eq!(asked, 4, "the fake refuses three times");
+    assert!(dir.snapshot().state().exists());
+}
+
+#[tokio::test]
+async fn a_memory_mode_that_its_release_does_not_have_is_refused() {
+    for (version, mode) in [("51.0", MemoryMode::OnDemand)] {
+        let world = World::with(&format!("cloud-hypervisor v{version}\n"), "");
+        world.vmm.version().await.unwrap();
+        assert!(!world.vmm.capabilities().memory_modes.contains(&mode));
+    }
 }
 
 #[tokio::test]

@@ -73,6 +73,8 @@ struct Vm {
     counter: u64,
     /// How its memory came to be, in a word.
     memory: &'static str,
+    /// How many snapshots are refused because its memory is still coming.
+    coming: u32,
 }
 
 /// What goes wrong at which call, such as `vm.boot die`, by lines.
@@ -133,7 +135,10 @@ impl Fake {
             "vm.pause" => self.pause(),
             "vm.resume" => self.resume(),
             "vm.snapshot" => self.snapshot(&path_in(body, "destination_url")),
-            "vm.restore" => self.restore(&path_in(body, "source_url")),
+            "vm.restore" => self.restore(
+                &path_in(body, "source_url"),
+                body["memory_restore_mode"] == "OnDemand",
+            ),
             READ => {
                 self.read_console();
                 recorded("unknown-path")
@@ -167,6 +172,7 @@ impl Fake {
             state: "Created",
             counter: 0,
             memory: "new",
+            coming: 0,
         });
         recorded("create")
     }
@@ -219,10 +225,14 @@ impl Fake {
         self.print(&format!("read {}", input[..length].escape_ascii()));
     }
 
-    fn snapshot(&self, directory: &Path) -> Reply {
-        let Some(vm) = self.vm.as_ref().filter(|vm| vm.state == "Paused") else {
+    fn snapshot(&mut self, directory: &Path) -> Reply {
+        let Some(vm) = self.vm.as_mut().filter(|vm| vm.state == "Paused") else {
             return recorded("snapshot-while-running");
         };
+        if vm.coming > 0 {
+            vm.coming -= 1;
+            return error("VM on-demand memory restore is still in progress");
+        }
         let Ok(mut entries) = fs::read_dir(directory) else {
             return recorded("snapshot-missing-directory");
         };
@@ -243,7 +253,7 @@ impl Fake {
         recorded("snapshot")
     }
 
-    fn restore(&mut self, directory: &Path) -> Reply {
+    fn restore(&mut self, directory: &Path, is_lazy: bool) -> Reply {
         if self.vm.is_some() {
             return recorded("restore-twice");
         }
@@ -257,6 +267,7 @@ impl Fake {
         let ranges = memory["memory_ranges"]["data"].as_array().unwrap();
         let (file, offset, how) = match zone["file"].as_str() {
             // What is read goes over what is mapped.
+            _ if !ranges.is_empty() && is_lazy => (directory.join("memory-ranges"), 0, "lazy"),
             _ if !ranges.is_empty() => (directory.join("memory-ranges"), 0, "copied"),
             Some(file) => (file.into(), mapping["file_offset"].as_u64().unwrap(), "mapped"),
             None => return error("the memory is nowhere"),
@@ -274,6 +285,7 @@ impl Fake {
             state: "Paused",
             counter: u64::from_le_bytes(counter),
             memory: how,
+            coming: if is_lazy { 3 } else { 0 },
         });
         recorded("restore")
     }
