@@ -37,6 +37,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run the server
     Serve(Serve),
+    /// Tell what this host can do, and what would let it do more
+    Doctor(Doctor),
     #[command(flatten)]
     Client(ClientCommand),
 }
@@ -90,15 +92,31 @@ pub(crate) struct Serve {
     /// Listen on TCP too; whoever can reach it can do everything
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) vmms: Vmms,
+    /// How many forks of each template are kept prepared
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) armed: u32,
+}
+
+/// Where VMMs are.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Vmms {
     /// The stencil-microvm binary [default: beside this one, else in PATH]
     #[arg(long, value_name = "PATH")]
     pub(crate) microvm: Option<PathBuf>,
     /// The cloud-hypervisor binary, v51 to v53 [default: in PATH; without one it is not offered]
     #[arg(long, value_name = "PATH")]
     pub(crate) cloud_hypervisor: Option<PathBuf>,
-    /// How many forks of each template are kept prepared
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub(crate) armed: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Doctor {
+    /// The data directory that a server would have [default: as of `serve`]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) vmms: Vmms,
 }
 
 /// An instance.

@@ -18,7 +18,7 @@ use crate::{place, table};
 
 pub(crate) fn run(command: ClientCommand, socket: Option<PathBuf>, json: bool) -> Result<(), Failure> {
     let client = Client::new(socket.map_or_else(place::default_socket, Ok)?);
-    let reader = if json { Reader::Program } else { Reader::Person };
+    let reader = Reader::of(json);
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

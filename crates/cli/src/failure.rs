@@ -46,6 +46,9 @@ pub(crate) enum Failure {
         path.display()
     )]
     BadCloudHypervisor { path: PathBuf, source: VmmError },
+    /// What is missing was told before.
+    #[error("no VM can run on this host")]
+    NoVms,
     #[error("cannot open {}", data.display())]
     Open { data: PathBuf, source: Box<EngineError> },
     #[error(transparent)]

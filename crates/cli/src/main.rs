@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! main ── args ──┬── serve ────── engine behind a socket, until a signal
+//!                ├── doctor ───── what this host can do, asked of nobody
 //!                └── commands ─── one call to the server each ── output: a table for people, JSON for programs
 //! ```
 //!
@@ -9,6 +10,7 @@
 
 mod args;
 mod commands;
+mod doctor;
 mod failure;
 mod output;
 mod place;
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Command::Serve(asked) => serve::run(asked, args.socket),
+        Command::Doctor(asked) => doctor::run(asked, args.json),
         Command::Client(asked) => commands::run(asked, args.socket, args.json),
     }
 }

@@ -14,6 +14,10 @@ pub(crate) enum Reader {
 }
 
 impl Reader {
+    pub(crate) const fn of(json: bool) -> Self {
+        if json { Self::Program } else { Self::Person }
+    }
+
     /// Prints `reply` as JSON for programs, and for people what `told` makes of it.
     pub(crate) fn print<T: Serialize>(
         self,

@@ -70,6 +70,7 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
     let data = place::absolute(asked.data.map_or_else(place::default_data, Ok)?)?;
     let socket = place::absolute(socket.unwrap_or_else(|| DataDir::new(&data).socket()))?;
     let binary = asked
+        .vmms
         .microvm
         .map_or_else(MicroVm::find, Ok)
         .map_err(Failure::NoMicrovm)?;
@@ -80,7 +81,7 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         source,
     })?;
     let mut hypervisors: Vec<Arc<dyn Hypervisor>> = vec![Arc::new(microvm)];
-    if let Some(cloud_hypervisor) = cloud_hypervisor(asked.cloud_hypervisor).await? {
+    if let Some(cloud_hypervisor) = cloud_hypervisor(asked.vmms.cloud_hypervisor).await? {
         hypervisors.push(Arc::new(cloud_hypervisor));
     }
     let mut signals = Signals::new().map_err(Failure::Runtime)?;

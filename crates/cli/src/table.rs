@@ -10,6 +10,8 @@ use jiff::Timestamp;
 use stencil_api::reply::{ForkList, ForkOutcome, Instance, MemoryUse, Timings};
 use stencil_core::Readiness;
 
+use crate::doctor::{Diagnosis, Mark};
+
 /// What stands where there is nothing to tell.
 const NOTHING_TO_TELL: &str = "-";
 
@@ -47,6 +49,34 @@ pub(crate) fn instances(list: &[Instance], now: Timestamp) -> String {
     align_right(&mut table, &[3, 4, 6]);
     // Reasons are sentences: below the table they do not tear it apart.
     table.trim_fmt() + &errors
+}
+
+/// What a host can do: a line for each thing, with what to do below it.
+pub(crate) fn diagnosis(diagnosis: &Diagnosis) -> String {
+    let width = diagnosis
+        .findings
+        .iter()
+        .map(|finding| finding.about.len())
+        .max()
+        .unwrap_or(0);
+    let mut told = String::new();
+    for finding in &diagnosis.findings {
+        let mark = match finding.mark {
+            Mark::Good => "✓",
+            Mark::Limited => "!",
+            Mark::Missing => "✗",
+        };
+        told.push_str(&format!("{mark} {:width$}  {}\n", finding.about, finding.fact));
+        if let Some(advice) = &finding.advice {
+            told.push_str(&format!("  {:width$}  → {advice}\n", ""));
+        }
+    }
+    told.push_str(if diagnosis.can_run_vms {
+        "\nVMs can run on this host"
+    } else {
+        "\nno VM can run on this host"
+    });
+    told
 }
 
 /// One instance, a line for each of its facts.
@@ -206,7 +236,7 @@ fn count(number: usize, what: &str) -> String {
 }
 
 /// `512 MiB`, `1.5 GiB`.
-fn bytes(bytes: u64) -> String {
+pub(crate) fn bytes(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string().replace(".0 ", " ")
 }
 

@@ -131,4 +131,4 @@ pub use ranges::{MemoryRange, RangeError, RangeTable};
 pub use record::{Closed, Recording, Touch, Window};
 pub use server::{Fatal, Notice, PageServer, Plan, Settings, StartError};
 pub use source::{Extent, PageSource};
-pub use userfault::UserfaultError;
+pub use userfault::{UserfaultError, check_permission};

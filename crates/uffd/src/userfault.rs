@@ -231,6 +231,14 @@ fn last_errno() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
+/// That this process may serve memory, without serving any.
+///
+/// # Errors
+/// [`UserfaultError::NotPermitted`], [`UserfaultError::Missing`].
+pub fn check_permission() -> Result<(), UserfaultError> {
+    new_descriptor().map(drop)
+}
+
 /// A descriptor that also handles faults met by the kernel, as KVM's are. The system call gives one to who has
 /// CAP_SYS_PTRACE, or to all if vm.unprivileged_userfaultfd is 1; /dev/userfaultfd to all who can open it (Linux 6.1).
 fn new_descriptor() -> Result<OwnedFd, UserfaultError> {

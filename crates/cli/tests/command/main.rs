@@ -8,6 +8,7 @@
 )]
 
 mod client;
+mod doctor;
 mod promises;
 mod serve;
 mod stencil;
