@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::ErrorBody;
-use crate::reply::{ForkList, Health, Instance, InstanceList, Version, Waited};
+use crate::reply::{ForkList, Health, HypervisorList, Instance, InstanceList, Version, Waited};
 use crate::request::{
     ChangeInstance, CreateInstance, ForkMany, ForkOne, ListInstances, PromoteTemplate, ReadConsole, WaitFor,
 };
@@ -104,6 +104,14 @@ impl Client {
     /// [`ClientError`].
     pub async fn version(&self) -> Result<Version> {
         self.ask(Method::GET, "/version").await
+    }
+
+    /// `GET /hypervisors`
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn hypervisors(&self) -> Result<HypervisorList> {
+        self.ask(Method::GET, "/hypervisors").await
     }
 
     /// `POST /instances`

@@ -193,3 +193,29 @@ pub struct Version {
     /// The server's version.
     pub version: String,
 }
+
+/// The reply of `GET /hypervisors`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HypervisorList {
+    /// By name.
+    pub hypervisors: Vec<Hypervisor>,
+}
+
+/// What instances can ask for as their hypervisor, and what it can do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hypervisor {
+    /// Its name.
+    pub name: HypervisorName,
+    /// How a snapshot's memory can be restored.
+    pub memory_modes: Vec<MemoryMode>,
+    /// The most vCPUs that an instance can have.
+    pub max_vcpus: u32,
+    /// Whether guests can be given console input.
+    pub console_input: bool,
+    /// Whether a fork's guest is told that it is a new machine.
+    pub tells_identity: bool,
+    /// Whether an agent in its guests can be reached.
+    pub agent: bool,
+    /// Whether an instance whose guest has powered off or died is Shutdown; else it is Stopped.
+    pub outlives_guest: bool,
+}

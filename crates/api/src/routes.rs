@@ -35,6 +35,7 @@ pub(crate) fn router(app: App) -> Router {
     Router::new()
         .route("/health", get(service::health))
         .route("/version", get(service::version))
+        .route("/hypervisors", get(service::hypervisors))
         .route("/instances", get(instances::list).post(instances::create))
         .route(
             "/instances/{id}",

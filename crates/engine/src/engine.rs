@@ -85,6 +85,11 @@ impl Engine {
         Ok(engine)
     }
 
+    /// The hypervisors that instances can ask for, by name.
+    pub fn hypervisors(&self) -> impl Iterator<Item = &dyn Hypervisor> {
+        self.inner.hypervisors.values().map(Arc::as_ref)
+    }
+
     /// The backend that runs this instance's VM.
     pub(crate) fn hypervisor(&self, name: &HypervisorName) -> Result<&Arc<dyn Hypervisor>, EngineError> {
         self.inner.hypervisors.get(name).ok_or_else(|| {

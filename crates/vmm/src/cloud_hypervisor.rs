@@ -114,6 +114,7 @@ impl Hypervisor for CloudHypervisor {
             console_input: true,
             tells_identity: false,
             agent: false,
+            outlives_guest: false,
         }
     }
 

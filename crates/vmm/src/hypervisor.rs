@@ -135,6 +135,9 @@ pub struct Capabilities {
     pub tells_identity: bool,
     /// Whether its guests have a port through which an agent in them can be reached.
     pub agent: bool,
+    /// Whether the VMM stays when its guest has powered off or died. The instance is Shutdown then and tells the guest's end;
+    /// else it is Stopped.
+    pub outlives_guest: bool,
 }
 
 /// What a VMM is started for.

@@ -68,6 +68,7 @@ impl Hypervisor for MicroVm {
             console_input: true,
             tells_identity: true,
             agent: false,
+            outlives_guest: true,
         }
     }
 

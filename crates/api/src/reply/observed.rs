@@ -4,7 +4,22 @@ use std::time::Duration;
 
 use stencil_core::State;
 
-use super::{Armed, Forks, Instance, MemoryUse, Phase, Timings};
+use super::{Armed, Forks, Hypervisor, Instance, MemoryUse, Phase, Timings};
+
+impl From<&dyn stencil_vmm::Hypervisor> for Hypervisor {
+    fn from(backend: &dyn stencil_vmm::Hypervisor) -> Self {
+        let able = backend.capabilities();
+        Self {
+            name: backend.name(),
+            memory_modes: able.memory_modes,
+            max_vcpus: able.max_vcpus,
+            console_input: able.console_input,
+            tells_identity: able.tells_identity,
+            agent: able.agent,
+            outlives_guest: able.outlives_guest,
+        }
+    }
+}
 
 impl From<stencil_engine::Instance> for Instance {
     fn from(seen: stencil_engine::Instance) -> Self {

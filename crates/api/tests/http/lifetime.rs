@@ -23,6 +23,21 @@ async fn it_says_that_it_is_well_and_which_version_it_is() {
 }
 
 #[tokio::test]
+async fn it_says_on_what_it_runs_instances_and_what_that_can_do() {
+    let world = World::new().await;
+    let microvm = json!({
+        "name": "microvm", "memory_modes": ["copy", "cow", "uffd"], "max_vcpus": 16, "console_input": true,
+        "tells_identity": true, "agent": false, "outlives_guest": true,
+    });
+    assert_eq!(
+        world.get("/hypervisors").await.body,
+        json!({"hypervisors": [microvm]})
+    );
+    let told = world.client.hypervisors().await.unwrap();
+    assert_eq!(told.hypervisors[0].name.as_str(), "microvm");
+}
+
+#[tokio::test]
 async fn only_the_owner_can_open_its_socket() {
     let world = World::new().await;
     let mode = world.client.socket().metadata().unwrap().permissions().mode();

@@ -119,6 +119,7 @@ impl Hypervisor for Scripted {
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
             agent: false,
+            outlives_guest: true,
         }
     }
 

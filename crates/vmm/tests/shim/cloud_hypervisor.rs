@@ -355,6 +355,14 @@ fn the_documentation_has_the_capabilities_of_the_code() {
         row("reaches an agent in the guest", &|backend| {
             yes_or_no(backend.capabilities().agent)
         }),
+        row("an instance whose guest has powered off is", &|backend| {
+            if backend.capabilities().outlives_guest {
+                "Shutdown"
+            } else {
+                "Stopped"
+            }
+            .to_owned()
+        }),
     ]
     .concat();
     for document in ["README.md", "docs/hypervisors.md"] {
