@@ -53,6 +53,9 @@ pub struct Instance {
     /// How its memory was last restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mode: Option<MemoryMode>,
+    /// Why it was not restored in the mode that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mode_reason: Option<String>,
     /// Whether the pages that its forks touch first are known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hot_pages: Option<bool>,

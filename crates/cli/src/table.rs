@@ -137,7 +137,15 @@ pub(crate) fn instance(instance: &Instance) -> String {
         "generation",
         instance.generation.map(|generation| generation.to_string()),
     );
-    line("memory mode", instance.memory_mode.map(|mode| mode.to_string()));
+    line(
+        "memory mode",
+        instance
+            .memory_mode
+            .map(|mode| match &instance.memory_mode_reason {
+                None => mode.to_string(),
+                Some(reason) => format!("{mode}; {reason}"),
+            }),
+    );
     line(
         "hot pages",
         instance
@@ -365,7 +373,8 @@ mod tests {
     fn one_instance_tells_all_that_is_known_and_nothing_else() {
         let full = example(json!({
             "state": "Running", "labels": { "team": "db", "tier": "1" }, "readiness": { "console": "ready epoch=" },
-            "fork_of_template": "01k6h2v9d3e4f5g6h7j8k9m0n0", "memory_mode": "cow", "pid": 4711,
+            "fork_of_template": "01k6h2v9d3e4f5g6h7j8k9m0n0", "memory_mode": "copy",
+            "memory_mode_reason": "the memory could not be mapped: the VM has a balloon", "pid": 4711,
             "started_at": "2026-01-02T03:04:06Z",
             "memory_use": { "pss": 1_048_576, "private": 786_432, "shared": 8_388_608, "rss": 9_175_040 },
             "timings": { "operation": "fork", "total_us": 1820,

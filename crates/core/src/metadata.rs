@@ -49,6 +49,9 @@ pub struct Metadata {
     /// How its memory was last restored, or is to be at first; absent if there was nothing to restore.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mode: Option<MemoryMode>,
+    /// Why that is not the mode which was asked for; absent where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mode_reason: Option<String>,
     /// The VMM process that was started for it; absent if there is to be none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<VmmRecord>,
@@ -82,6 +85,7 @@ impl Metadata {
             armed: None,
             fork_of_template: None,
             memory_mode: None,
+            memory_mode_reason: None,
             vmm: None,
             other: Map::new(),
         }

@@ -62,12 +62,15 @@ impl Engine {
             id,
             generation,
             record,
+            memory,
             recording,
             process,
             new,
         } = prepared;
         let metadata = Metadata {
             vmm: Some(record.clone()),
+            memory_mode: Some(memory.memory_mode),
+            memory_mode_reason: memory.reason,
             ..fork_metadata(base, id, reservation.name().clone(), generation)
         };
         new.commit(&metadata, Durability::Renamed)?;

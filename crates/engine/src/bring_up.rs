@@ -7,7 +7,7 @@ use stencil_core::{
     Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata, SnapshotDir,
     SnapshotFacts, SnapshotManifest, VmGeneration, VmSpec, VmmRecord, error_chain,
 };
-use stencil_vmm::{HotPages, Hypervisor, Restore, Start, VmmError, VmmProcess};
+use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmProcess};
 
 use crate::admission::check_boot_files;
 use crate::hot_list::HotPagesUse;
@@ -51,6 +51,7 @@ impl Engine {
         let record = vmm_record(&process, version, EpochKind::Boot, console_offset);
         let metadata = Metadata {
             memory_mode: None,
+            memory_mode_reason: None,
             ..metadata
         };
         self.take_on(slot, process, record, metadata).await?;
@@ -83,7 +84,7 @@ impl Engine {
         source: &SnapshotSource,
         hot_pages: &HotPagesUse,
         stopwatch: &mut Stopwatch,
-    ) -> Result<(VmmProcess, VmmRecord), EngineError> {
+    ) -> Result<BroughtBack, EngineError> {
         let id = machine.id;
         let hypervisor = self.hypervisor(machine.hypervisor)?;
         let here = hypervisor.version().await.map_err(EngineError::vmm(id))?;
@@ -117,12 +118,24 @@ impl Engine {
         stopwatch.lap("spawn");
         // Whoever waits for it may go.
         let guard = process.clone().kill_on_drop();
-        self.or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
+        let restored = self
+            .or_stop(id, dir, hypervisor, &process, hypervisor.restore(dir, &restore))
             .await?;
         guard.keep();
         stopwatch.lap("restore");
+        if let Some(reason) = &restored.reason {
+            tracing::warn!(instance = %id, asked = %memory_mode, done = %restored.memory_mode, reason, "not the memory mode that was asked for");
+        }
+        let memory = match restore.hot_pages {
+            HotPages::Record => Restored::as_asked(machine.memory_mode),
+            _ => restored,
+        };
         let record = vmm_record(&process, here, machine.began, console_offset);
-        Ok((process, record))
+        Ok(BroughtBack {
+            process,
+            record,
+            memory,
+        })
     }
 
     /// Does the first calls to a new VMM; if one fails, the VMM does not stay.
@@ -263,6 +276,15 @@ impl SnapshotSource {
             SnapshotFacts::Absent | SnapshotFacts::Broken { .. } => None,
         }
     }
+}
+
+/// A VMM with a snapshot's VM in it, paused.
+#[derive(Debug)]
+pub(crate) struct BroughtBack {
+    pub(crate) process: VmmProcess,
+    pub(crate) record: VmmRecord,
+    /// How the instance's memory came back.
+    pub(crate) memory: Restored,
 }
 
 /// Which machine a snapshot becomes, and how.

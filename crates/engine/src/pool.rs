@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stencil_core::{InstanceId, NewInstance, VmGeneration, VmmRecord};
-use stencil_vmm::{KillGuard, VmmProcess};
+use stencil_vmm::{KillGuard, Restored, VmmProcess};
 use tokio::time::timeout;
 
 use crate::hot_list::Claim;
@@ -19,6 +19,8 @@ pub(crate) struct PreparedFork {
     pub(crate) id: InstanceId,
     pub(crate) generation: VmGeneration,
     pub(crate) record: VmmRecord,
+    /// How its memory came back.
+    pub(crate) memory: Restored,
     /// The right to record hot pages, where it does.
     pub(crate) recording: Option<Claim>,
     /// Before the directory, which goes when nobody works in it any more.

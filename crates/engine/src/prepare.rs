@@ -57,15 +57,16 @@ impl Engine {
             memory_mode: base.plan.memory_mode,
             began: EpochKind::Fork,
         };
-        let (process, record) = self
+        let back = self
             .bring_back(new.dir(), &machine, snapshot, hot_pages, stopwatch)
             .await?;
         Ok(PreparedFork {
             id,
             generation,
-            record,
+            record: back.record,
+            memory: back.memory,
             recording: None,
-            process: process.kill_on_drop(),
+            process: back.process.kill_on_drop(),
             new,
         })
     }

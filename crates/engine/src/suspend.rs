@@ -124,10 +124,20 @@ impl Engine {
             memory_mode: metadata.memory_mode.unwrap_or_default(),
             began: EpochKind::Restore,
         };
-        let (process, record) = self
+        let back = self
             .bring_back(&dir, &machine, &source, &HotPagesUse::Nothing, stopwatch)
             .await?;
-        let metadata = self.take_on(slot, process, record, metadata).await?;
+        // It was asked for the mode in which its memory came back the last time, and the reason for that one still holds.
+        let kept = metadata
+            .memory_mode_reason
+            .clone()
+            .filter(|_| metadata.memory_mode == Some(back.memory.memory_mode));
+        let metadata = Metadata {
+            memory_mode: Some(back.memory.memory_mode),
+            memory_mode_reason: back.memory.reason.or(kept),
+            ..metadata
+        };
+        let metadata = self.take_on(slot, back.process, back.record, metadata).await?;
         stopwatch.lap("record");
         let changes = self.changes(slot)?;
         self.resume_vm(slot, &metadata, stopwatch).await?;

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use scripted::House;
 use stencil_core::rules::Refusal;
-use stencil_core::{MemoryMode, Readiness, State, StoreError};
+use stencil_core::{MemoryMode, Metadata, Readiness, State, StoreError};
 use stencil_engine::{CreateRequest, EngineError, Filter, ForkRequest, ForksRequest};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -147,6 +147,39 @@ async fn an_instance_whose_hypervisor_is_not_offered_any_more_can_be_deleted_and
     house.engine.delete("web").await.unwrap();
     assert_eq!(house.processes(), [] as [u32; 0]);
     assert_eq!(house.directories(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_fork_whose_memory_was_copied_instead_of_mapped_says_so_and_why() {
+    let house = House::new().await;
+    house.template("warm").await;
+    house.hypervisor.map_nothing();
+    // The first records hot pages, and is served its pages for that.
+    house
+        .engine
+        .fork("warm", None, ForkRequest::default())
+        .await
+        .unwrap();
+    let fork = house
+        .engine
+        .fork("warm", None, ForkRequest::default())
+        .await
+        .unwrap();
+    let told = |metadata: Metadata| (metadata.memory_mode, metadata.memory_mode_reason);
+    let copied = (Some(MemoryMode::Copy), Some("it maps nothing".to_owned()));
+    assert_eq!(told(fork.metadata.unwrap()), copied);
+    // It is on record, and still right when the fork wakes from its own snapshot.
+    let fork = fork.id.to_string();
+    house.engine.standby(&fork).await.unwrap();
+    house.engine.restore(&fork).await.unwrap();
+    let house = house.restart().await;
+    let seen = house.engine.get(&fork).await.unwrap();
+    assert_eq!(told(seen.metadata.unwrap()), copied);
+    // Booted anew, nothing was restored.
+    house.engine.stop(&fork).await.unwrap();
+    house.engine.start(&fork).await.unwrap();
+    let seen = house.engine.get(&fork).await.unwrap();
+    assert_eq!(told(seen.metadata.unwrap()), (None, None));
 }
 
 #[tokio::test]

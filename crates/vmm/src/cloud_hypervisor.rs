@@ -10,7 +10,7 @@
 //!
 //! A VM is created with one private memory zone, because only a zone can be given a file later: in
 //! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
-//! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the log says why.
+//! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the restore says why.
 //! [`MemoryMode::OnDemand`] is its own lazy restore, since v52.
 //!
 //! Its guests are not told their generation: it has no device for that.
@@ -34,8 +34,8 @@ use tokio::sync::OnceCell;
 use crate::process::{Launch, Session, Streams};
 use crate::rest::{absolute, file_url};
 use crate::{
-    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError, VmmProcess,
-    binary, console, rest,
+    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus, VmmError,
+    VmmProcess, binary, console, rest,
 };
 use restore_dir::RestoreDir;
 pub use snapshot::SnapshotError;
@@ -172,23 +172,20 @@ impl Hypervisor for CloudHypervisor {
         lazy::snapshot(dir, destination).await
     }
 
-    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
+    async fn restore(&self, dir: &InstanceDir, asked: &Restore<'_>) -> Result<Restored, VmmError> {
         let client = Client::new(dir)?;
         self.check_version(&client).await?;
-        let mode = request.memory_mode;
+        let mode = asked.memory_mode;
         if !self.memory_modes().contains(&mode) {
             return Err(VmmError::MemoryMode { name: NAME, mode });
         }
         let map = mode == MemoryMode::Cow;
-        let (to, from) = (dir.clone(), request.snapshot.clone());
+        let (to, from) = (dir.clone(), asked.snapshot.clone());
         let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, map)).await;
         let (files, not_mapped) = made.map_err(|error| VmmError::Prepare {
             path: dir.path().to_owned(),
             source: std::io::Error::other(error),
         })??;
-        if let Some(why) = not_mapped {
-            tracing::warn!(instance = %dir.path().display(), "memory is copied instead of mapped: {why}");
-        }
         let request = RestoreRequest {
             source_url: file_url(files.path())?,
             memory_restore_mode: match mode {
@@ -197,7 +194,14 @@ impl Hypervisor for CloudHypervisor {
             },
             ..RestoreRequest::default()
         };
-        client.restore(&request).await
+        client.restore(&request).await?;
+        Ok(match not_mapped {
+            None => Restored::as_asked(asked.memory_mode),
+            Some(why) => Restored {
+                memory_mode: MemoryMode::Copy,
+                reason: Some(format!("the memory could not be mapped: {why}")),
+            },
+        })
     }
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {

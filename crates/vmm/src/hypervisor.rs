@@ -80,11 +80,11 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// [`VmmError::Rejected`], for example when the disk is full; `destination` then holds a part of it.
     async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError>;
 
-    /// Makes the VM of a VMM that has none from a snapshot; it is left paused.
+    /// Makes the VM of a VMM that has none from a snapshot; it is left paused. Answers how its memory came back.
     ///
     /// # Errors
     /// [`VmmError::Rejected`], for example when a file is truncated or of another version.
-    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError>;
+    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<Restored, VmmError>;
 
     /// What the VM does now; answers or fails within 500 ms.
     ///
@@ -167,6 +167,25 @@ pub struct Restore<'a> {
     pub memory_generation: &'a MemoryGeneration,
     /// What is done about the pages that the guest touches first.
     pub hot_pages: HotPages<'a>,
+}
+
+/// How a VM's memory came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// In which mode.
+    pub memory_mode: MemoryMode,
+    /// Why not in the one that was asked for; `None` where it is that one.
+    pub reason: Option<String>,
+}
+
+impl Restored {
+    /// It came back in the mode that was asked for.
+    pub fn as_asked(memory_mode: MemoryMode) -> Self {
+        Self {
+            memory_mode,
+            reason: None,
+        }
+    }
 }
 
 /// Counters of pages by name, as the VMM gives them: `demand_faults`, `prefetched`, `prefetch_hits`, `bytes_read`, ...

@@ -53,7 +53,7 @@ mod rest;
 pub use client::{Call, Client, MAX_REPLY_BYTES};
 pub use cloud_hypervisor::{CloudHypervisor, SnapshotError};
 pub use error::VmmError;
-pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus};
+pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus};
 pub use kvm::{KvmError, KvmKind, probe_kvm};
 pub use microvm::MicroVm;
 pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};

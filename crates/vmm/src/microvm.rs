@@ -14,8 +14,8 @@ use tokio::sync::OnceCell;
 use crate::process::{Launch, Session, Streams};
 use crate::rest::{absolute, file_url, utf8};
 use crate::{
-    Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError,
-    VmmProcess, binary, console, rest,
+    Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
+    VmmError, VmmProcess, binary, console, rest,
 };
 
 /// The name under which instances ask for this backend.
@@ -114,28 +114,29 @@ impl Hypervisor for MicroVm {
         rest::snapshot(dir, destination).await
     }
 
-    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
-        let (hot_pages, record_hot_pages) = match request.hot_pages {
+    async fn restore(&self, dir: &InstanceDir, asked: &Restore<'_>) -> Result<Restored, VmmError> {
+        let (hot_pages, record_hot_pages) = match asked.hot_pages {
             HotPages::Unused => (None, None),
             HotPages::Prefetch(list) => (Some(utf8(list)?), None),
             HotPages::Record => (None, Some(InstanceDir::RECORDED_HOT_PAGES.to_owned())),
         };
         let request = RestoreRequest {
-            source_url: file_url(request.snapshot.path())?,
+            source_url: file_url(asked.snapshot.path())?,
             prefault: false,
-            memory_restore_mode: match request.memory_mode {
+            memory_restore_mode: match asked.memory_mode {
                 MemoryMode::Copy => MemoryRestoreMode::Copy,
                 MemoryMode::Cow => MemoryRestoreMode::Cow,
                 MemoryMode::Uffd => MemoryRestoreMode::Uffd,
                 mode @ MemoryMode::OnDemand => return Err(VmmError::MemoryMode { name: NAME, mode }),
             },
             resume: false,
-            generation: Some(request.generation.to_string()),
-            memory_generation: Some(request.memory_generation.to_string()),
+            generation: Some(asked.generation.to_string()),
+            memory_generation: Some(asked.memory_generation.to_string()),
             hot_pages,
             record_hot_pages,
         };
-        Client::new(dir)?.restore(&request).await
+        Client::new(dir)?.restore(&request).await?;
+        Ok(Restored::as_asked(asked.memory_mode))
     }
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {

@@ -50,6 +50,7 @@ impl From<stencil_engine::Instance> for Instance {
             }),
             generation: None,
             memory_mode: None,
+            memory_mode_reason: None,
             hot_pages: None,
             labels: None,
             readiness: None,
@@ -80,6 +81,7 @@ impl Instance {
         self.fork_of_template = metadata.fork_of_template;
         self.generation = Some(metadata.generation);
         self.memory_mode = metadata.memory_mode;
+        self.memory_mode_reason = metadata.memory_mode_reason;
         self.hot_pages = Some(metadata.hot_pages_path.is_some());
         self.labels = Some(spec.labels);
         self.readiness = Some(spec.readiness);
@@ -198,7 +200,10 @@ mod tests {
                 Some(Metadata {
                     vmm: Some(vmm()),
                     fork_of_template: Some(id('0')),
-                    memory_mode: Some(MemoryMode::Cow),
+                    memory_mode: Some(MemoryMode::Copy),
+                    memory_mode_reason: Some(
+                        "the memory could not be mapped: the VM has a balloon".to_owned(),
+                    ),
                     spec: VmSpec {
                         readiness: Readiness::Console("ready epoch=".to_owned()),
                         labels: [("team".to_owned(), "db".to_owned())].into(),

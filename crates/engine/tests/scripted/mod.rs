@@ -18,8 +18,8 @@ use stencil_core::{
 };
 use stencil_engine::{Config, CreateRequest, Engine};
 use stencil_vmm::{
-    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, Start, VmStatus, VmmError, VmmProcess,
-    stray_processes,
+    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus, VmmError,
+    VmmProcess, stray_processes,
 };
 use tempfile::TempDir;
 use tokio::net::UnixStream;
@@ -31,6 +31,7 @@ pub(crate) struct Scripted {
     /// How many next calls of `resume` are never answered.
     deaf: AtomicU32,
     tells_nothing: AtomicBool,
+    maps_nothing: AtomicBool,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
@@ -75,6 +76,11 @@ impl Scripted {
     /// From now on it cannot tell a guest that it is a fork.
     pub(crate) fn tell_no_identity(&self) {
         self.tells_nothing.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on it copies memory that it is asked to map.
+    pub(crate) fn map_nothing(&self) {
+        self.maps_nothing.store(true, Ordering::SeqCst);
     }
 
     /// The next VMM that is to resume does not answer.
@@ -169,7 +175,7 @@ impl Hypervisor for Scripted {
         Ok(())
     }
 
-    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<(), VmmError> {
+    async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<Restored, VmmError> {
         self.call("restore")?;
         self.restored.lock().unwrap().push(*request.generation);
         self.log.lock().unwrap().push(match request.hot_pages {
@@ -184,7 +190,14 @@ impl Hypervisor for Scripted {
         }
         assert_eq!(fs::read(request.snapshot.memory_ranges()).unwrap().len(), 8192);
         self.set(dir, VmPhase::Paused);
-        Ok(())
+        let mut restored = Restored::as_asked(request.memory_mode);
+        if request.memory_mode == MemoryMode::Cow && self.maps_nothing.load(Ordering::SeqCst) {
+            restored = Restored {
+                memory_mode: MemoryMode::Copy,
+                reason: Some("it maps nothing".to_owned()),
+            };
+        }
+        Ok(restored)
     }
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {

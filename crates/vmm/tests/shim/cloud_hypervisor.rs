@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use insta::assert_snapshot;
 use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
-use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, VmmError};
+use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, Restored, VmmError};
 use tempfile::TempDir;
 
 use crate::directory::{fixture, spawn};
@@ -91,7 +91,7 @@ impl World {
         dir: &InstanceDir,
         snapshot: &SnapshotDir,
         memory_mode: MemoryMode,
-    ) -> Result<(), VmmError> {
+    ) -> Result<Restored, VmmError> {
         let restore = Restore {
             snapshot,
             memory_mode,
@@ -163,7 +163,8 @@ async fn forks_go_on_from_the_snapshot_in_each_memory_mode_and_leave_it_as_it_is
     ] {
         let dir = world.instance(name);
         let process = world.spawn(&dir).await;
-        world.restore(&dir, &template, mode).await.unwrap();
+        let restored = world.restore(&dir, &template, mode).await.unwrap();
+        assert_eq!(restored, Restored::as_asked(mode));
         assert_eq!(world.phase(&dir).await, VmPhase::Paused);
         assert_eq!(
             left_in(&dir),
@@ -239,7 +240,7 @@ async fn a_memory_mode_that_its_release_does_not_have_is_refused() {
 }
 
 #[tokio::test]
-async fn a_vm_whose_memory_cannot_be_mapped_is_copied() {
+async fn a_vm_whose_memory_cannot_be_mapped_is_copied_and_the_reason_told() {
     let world = World::new();
     let template = world.snapshot().await;
     let config = fs::read_to_string(template.config()).unwrap();
@@ -250,7 +251,9 @@ async fn a_vm_whose_memory_cannot_be_mapped_is_copied() {
     .unwrap();
     let dir = world.instance("fork");
     let _process = world.spawn(&dir).await;
-    world.restore(&dir, &template, MemoryMode::Cow).await.unwrap();
+    let restored = world.restore(&dir, &template, MemoryMode::Cow).await.unwrap();
+    assert_eq!(restored.memory_mode, MemoryMode::Copy);
+    assert_snapshot!(restored.reason.unwrap(), @"the memory could not be mapped: the VM has a balloon");
     world.vmm.resume(&dir).await.unwrap();
     assert_eq!(printed(&dir), "resumed 2 in copied memory\n");
 }
