@@ -10,13 +10,15 @@
 //!
 //! A VM is created with one private memory zone, because only a zone can be given a file later: in
 //! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
-//! Where that does not apply, the memory is read as in [`MemoryMode::Copy`], and the restore says why.
+//! The server has the kernel read the template's hot pages meanwhile. Where that does not apply, the memory is read as in
+//! [`MemoryMode::Copy`], and the restore says why.
 //! [`MemoryMode::OnDemand`] is its own lazy restore, since v52.
 //!
 //! Its guests are not told their generation: it has no device for that.
 
 mod fork_plan;
 mod lazy;
+mod prefetch;
 mod restore_dir;
 mod snapshot;
 
@@ -34,9 +36,10 @@ use tokio::sync::OnceCell;
 use crate::process::{Launch, Session, Streams};
 use crate::rest::{absolute, file_url};
 use crate::{
-    Capabilities, Client, Exit, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus, VmmError,
-    VmmProcess, binary, console, rest,
+    Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
+    VmmError, VmmProcess, binary, console, rest,
 };
+use prefetch::prefetch;
 use restore_dir::RestoreDir;
 pub use snapshot::SnapshotError;
 
@@ -194,7 +197,16 @@ impl Hypervisor for CloudHypervisor {
             },
             ..RestoreRequest::default()
         };
-        client.restore(&request).await?;
+        let restored = client.restore(&request);
+        match asked.hot_pages {
+            HotPages::Prefetch(list) if map && not_mapped.is_none() => {
+                let (from, memory, list) =
+                    (asked.snapshot.clone(), *asked.memory_generation, list.to_owned());
+                let prefetched = tokio::task::spawn_blocking(move || prefetch(&from, memory, &list));
+                tokio::join!(restored, prefetched).0?;
+            }
+            _ => restored.await?,
+        }
         Ok(match not_mapped {
             None => Restored::as_asked(asked.memory_mode),
             Some(why) => Restored {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use insta::assert_snapshot;
 use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
+use stencil_uffd::{Gpa, Mark};
 use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, Restored, VmmError};
 use tempfile::TempDir;
 
@@ -13,6 +14,8 @@ use crate::directory::{fixture, spawn};
 use crate::fake::wait_until_ready;
 
 const MIB: u64 = 1 << 20;
+/// Which memory the snapshots hold.
+const MEMORY: &str = "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
 
 /// A backend with a fake Cloud Hypervisor, and a place for instances.
 pub(crate) struct World {
@@ -92,12 +95,23 @@ impl World {
         snapshot: &SnapshotDir,
         memory_mode: MemoryMode,
     ) -> Result<Restored, VmmError> {
+        self.restore_with(dir, snapshot, memory_mode, HotPages::Unused)
+            .await
+    }
+
+    async fn restore_with(
+        &self,
+        dir: &InstanceDir,
+        snapshot: &SnapshotDir,
+        memory_mode: MemoryMode,
+        hot_pages: HotPages<'_>,
+    ) -> Result<Restored, VmmError> {
         let restore = Restore {
             snapshot,
             memory_mode,
             generation: &VmGeneration::random(),
-            memory_generation: &"f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff".parse().unwrap(),
-            hot_pages: HotPages::Unused,
+            memory_generation: &MEMORY.parse().unwrap(),
+            hot_pages,
         };
         self.vmm.restore(dir, &restore).await
     }
@@ -236,6 +250,28 @@ async fn a_memory_mode_that_its_release_does_not_have_is_refused() {
         let world = World::with(&format!("cloud-hypervisor v{version}\n"), "");
         world.vmm.version().await.unwrap();
         assert!(!world.vmm.capabilities().memory_modes.contains(&mode));
+    }
+}
+
+#[tokio::test]
+async fn a_list_of_hot_pages_never_costs_a_fork() {
+    let world = World::new();
+    let template = world.snapshot().await;
+    let touched = [0, 0x5000].map(|gpa| (Gpa::new(gpa), Mark::Read));
+    for (name, memory) in [("ours", MEMORY), ("others", "00000000000000000000000000000000")] {
+        let list = world.file(name).with_extension("hot");
+        stencil_uffd::HotPages::from_touches(memory.parse().unwrap(), touched)
+            .save(&list)
+            .unwrap();
+        let dir = world.instance(name);
+        let _process = world.spawn(&dir).await;
+        let hot_pages = HotPages::Prefetch(&list);
+        let restored = world
+            .restore_with(&dir, &template, MemoryMode::Cow, hot_pages)
+            .await;
+        assert_eq!(restored.unwrap(), Restored::as_asked(MemoryMode::Cow));
+        world.vmm.resume(&dir).await.unwrap();
+        assert_eq!(printed(&dir), "resumed 2 in mapped memory\n");
     }
 }
 
