@@ -1,0 +1,143 @@
+//! The agent: the program inside a Linux guest that makes a fork another machine and runs commands in it.
+//!
+//! One thread, one loop: it waits for bytes from the host, for output of commands, for their ends and their times to be
+//! over, and does what is due.
+//!
+//! | module | role |
+//! |---|---|
+//! | `agent` | the loop, and what each message of the host does |
+//! | `link` | the stream to the host: read and written as far as it goes, never waited for |
+//! | `place` | where the host is reached: a port, vsock, a socket |
+//! | `session`, `command` | a command that runs, and how one is begun |
+//! | `cgroups` | stops, lets go and kills the user's processes |
+//! | `identity` | makes the guest the machine of an epoch |
+//! | `signals` | ends of child processes, and requests to end |
+//! | `init` | what the first process of a machine has to do besides |
+//! | `modules` | loads the image's kernel modules |
+//! | `archive` | `pack` and `unpack`: files in and out as a tar stream |
+
+mod agent;
+mod archive;
+mod cgroups;
+mod command;
+mod identity;
+mod init;
+mod link;
+mod modules;
+mod place;
+mod session;
+mod signals;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::agent::Agent;
+use crate::cgroups::Cgroups;
+use crate::identity::Identity;
+use crate::link::Link;
+use crate::place::Place;
+use crate::signals::Signals;
+
+/// The agent of Stencil inside a Linux guest. As the first process of a machine it is its init, whatever its arguments are.
+#[derive(Debug, Parser)]
+#[command(name = "stencil-agent", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    archive: Option<Archive>,
+    #[command(flatten)]
+    service: Service,
+}
+
+#[derive(Debug, Subcommand)]
+enum Archive {
+    /// Writes a file or directory to standard output, as a tar archive in which it lies under its own name.
+    Pack {
+        /// What to write.
+        path: PathBuf,
+    },
+    /// Unpacks a tar archive from standard input.
+    Unpack {
+        /// The directory into which it goes, and beyond which nothing gets.
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Default, Args)]
+struct Service {
+    /// The port to the host; without it, the virtio-serial port of the right name, or else vsock.
+    #[arg(long, value_name = "PATH", conflicts_with = "listen")]
+    port: Option<PathBuf>,
+    /// Listen on this Unix socket instead, for a host in the same machine.
+    #[arg(long, value_name = "PATH")]
+    listen: Option<PathBuf>,
+    /// The cgroup (version 2) that holds everything of the user's; without it, all of the machine.
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// The kernel is not this guest's alone, as in a container: leave its randomness and its clock as they are.
+    #[arg(long)]
+    shared_kernel: bool,
+}
+
+fn main() -> ExitCode {
+    let done = if rustix::process::getpid().is_init() {
+        init::run()
+    } else {
+        let cli = Cli::parse();
+        match cli.archive {
+            Some(Archive::Pack { path }) => archive::pack(&path).map_err(Into::into),
+            Some(Archive::Unpack { directory }) => archive::unpack(&directory).map_err(Into::into),
+            None => serve(&cli.service),
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log(&error_chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves the host until a signal asks for the end.
+fn serve(service: &Service) -> Result<(), Box<dyn Error>> {
+    let signals = Signals::block()?;
+    let place = match (&service.port, &service.listen) {
+        (Some(port), _) => Place::port(port)?,
+        (None, Some(socket)) => Place::socket(socket)?,
+        (None, None) => Place::find()?,
+    };
+    let cgroups = Cgroups::join(service.cgroup.as_deref());
+    let identity = Identity {
+        shared_kernel: service.shared_kernel,
+    };
+    log(&format!("waits for the host on {place}"));
+    let mut agent = Agent::new(Link::new(place)?, signals, cgroups, identity);
+    let ended = agent.run()?;
+    agent.end_sessions();
+    if ended == agent::Ended::PowerOff {
+        // The machine's own init ends what it began.
+        std::process::Command::new("poweroff").spawn()?;
+    }
+    Ok(())
+}
+
+/// Says what happened, on standard error: the console where the agent is init, the journal where it is a service.
+fn log(line: &str) {
+    use std::io::Write;
+    // Where nobody can be told, work goes on.
+    let _ = writeln!(std::io::stderr(), "stencil-agent: {line}");
+}
+
+/// An error with all of its causes in one line.
+fn error_chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line = format!("{line}: {cause}");
+        source = cause.source();
+    }
+    line
+}
