@@ -117,6 +117,25 @@ pub(crate) fn release_microvm() -> Command {
     build
 }
 
+/// Builds the agent of Linux guests in release.
+pub(crate) fn agent() -> Result<PathBuf, BuildError> {
+    cargo_run("cargo rustc", &mut release_agent())?;
+    Ok(target_directory()?.join("release/stencil-agent"))
+}
+
+/// Builds the agent in release, linked statically, as its guest has no libraries, and small, as each guest unpacks it.
+pub(crate) fn release_agent() -> Command {
+    let mut build = cargo();
+    build.args(["rustc", "--release", "--locked", "--package=stencil-agent"]);
+    build.args(["--bin=stencil-agent", "--"]);
+    build.args([
+        "-Ctarget-feature=+crt-static",
+        "-Crelocation-model=static",
+        "-Cstrip=symbols",
+    ]);
+    build
+}
+
 fn test_guest() -> Result<PathBuf, BuildError> {
     guest::build().map_err(|error| BuildError::Guest(error.into()))
 }

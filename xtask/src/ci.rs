@@ -139,6 +139,7 @@ fn steps() -> Result<Vec<Step>, TaskError> {
         },
         one("release build of the server", build::release_server(), LONG),
         one("release build of the microVM", build::release_microvm(), LONG),
+        one("release build of the agent", build::release_agent(), LONG),
         Step {
             name: "end-to-end scenarios",
             command: e2e,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `setup`, `demo`, `e2e`, `bench`, `ci` | the tasks |
 //! | `host`, `build`, `guest` | what the host can do; the binaries and the test guest |
+//! | `linux` | a small Linux guest, of Debian's packages and the agent |
 //! | `server`, `processes` | a `stencil serve` of its own, and proof that nothing of it stays |
 //! | `client`, `guest_console`, `arrivals` | talking to the server, to a guest, and seeing forks arrive |
 //! | `command`, `interrupt` | running programs within a time limit; undoing things on Ctrl-C |
@@ -24,6 +25,7 @@ mod guest;
 mod guest_console;
 mod host;
 mod interrupt;
+mod linux;
 mod processes;
 mod report;
 mod server;
@@ -47,6 +49,8 @@ enum Task {
     Setup,
     /// Shows the main job on this host: a warm VM becomes a template, and the template many VMs.
     Demo(demo::Options),
+    /// Builds a small Linux guest with the agent, and prints the options of `stencil create` that boot it.
+    Linux,
     /// Drives the real binaries through every scenario.
     E2e(e2e::Options),
     /// Measures, and writes down what it found.
@@ -69,6 +73,8 @@ enum TaskError {
     Demo(#[from] demo::DemoError),
     #[error(transparent)]
     Bench(#[from] bench::BenchError),
+    #[error(transparent)]
+    Linux(#[from] linux::LinuxError),
     #[error("could not listen for Ctrl-C")]
     Interrupt(#[source] std::io::Error),
     #[error("could not write {}", path.display())]
@@ -102,6 +108,7 @@ fn run(task: &Task) -> Result<bool, TaskError> {
     match task {
         Task::Setup => setup::run().map(|()| true).map_err(TaskError::from),
         Task::Demo(options) => demo::run(options),
+        Task::Linux => linux::run().map(|()| true).map_err(TaskError::from),
         Task::E2e(options) => e2e::run(options),
         Task::Bench(bench) => bench::run(bench).map(|()| true),
         Task::Ci => ci::run(),

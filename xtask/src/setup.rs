@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::command::{self, CommandError, Output};
 use crate::host::{Host, HostError};
-use crate::report;
+use crate::{linux, report};
 
 /// A slow mirror of packages.
 const APT_LIMIT: Duration = Duration::from_secs(10 * 60);
@@ -94,6 +94,11 @@ pub(crate) fn run() -> Result<(), SetupError> {
     );
     println!("{} Linux {}, KVM: {}", report::mark(true), host.kernel, host.kvm);
     println!("{} the build has what it needs", report::mark(true));
+    match linux::fetch() {
+        Ok(_) => println!("{} the Linux guest has what it needs", report::mark(true)),
+        // Without it the rest works.
+        Err(error) => println!("{} {}", report::mark(false), report::chain(&error)),
+    }
     let missing: Vec<&str> = COMPONENTS
         .into_iter()
         .filter(|(command, _)| !runs("cargo", &[command, "--version"]))

@@ -1,0 +1,104 @@
+//! The initramfs: a cpio archive in the newc format, which the kernel unpacks into its first file system.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use cpio::newc::{self, ModeFileType};
+
+use super::{LinuxError, at};
+use crate::command::{self, Output};
+
+const DIRECTORIES: [&str; 15] = [
+    "bin",
+    "dev",
+    "etc",
+    "home",
+    "lib",
+    "lib/modules",
+    "mnt",
+    "proc",
+    "root",
+    "run",
+    "sys",
+    "tmp",
+    "usr",
+    "usr/bin",
+    "var",
+];
+
+const FILES: [(&str, &str); 4] = [
+    (
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    ),
+    ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+    ("etc/hosts", "127.0.0.1 localhost\n"),
+    // As systemd has it in images: to be filled when it is a machine.
+    ("etc/machine-id", "uninitialized\n"),
+];
+
+/// The archive: the agent as init, busybox under all of its names, the modules and their order.
+pub(super) fn archive(agent: &Path, busybox: &Path, modules: &[PathBuf]) -> Result<Vec<u8>, LinuxError> {
+    let read = |path: &Path| fs::read(path).map_err(at(path));
+    let mut archive = Archive(Vec::new());
+    let mut list = String::new();
+    for directory in DIRECTORIES {
+        archive.add(directory, ModeFileType::Directory, 0o755, &[])?;
+    }
+    for (name, text) in FILES {
+        archive.add(name, ModeFileType::Regular, 0o644, text.as_bytes())?;
+    }
+    archive.add("init", ModeFileType::Regular, 0o755, &read(agent)?)?;
+    // Found in PATH by its own name, too.
+    archive.add("bin/stencil-agent", ModeFileType::Symlink, 0o777, b"/init")?;
+    archive.add("bin/busybox", ModeFileType::Regular, 0o755, &read(busybox)?)?;
+    for name in applets(busybox)? {
+        archive.add(&format!("bin/{name}"), ModeFileType::Symlink, 0o777, b"busybox")?;
+    }
+    for module in modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        archive.add(
+            &format!("lib/modules/{name}"),
+            ModeFileType::Regular,
+            0o644,
+            &read(module)?,
+        )?;
+        list += &format!("/lib/modules/{name}\n");
+    }
+    archive.add("lib/modules/list", ModeFileType::Regular, 0o644, list.as_bytes())?;
+    newc::trailer(archive.0).map_err(at(agent))
+}
+
+/// The names that this busybox answers to, but its own.
+fn applets(busybox: &Path) -> Result<Vec<String>, LinuxError> {
+    let limit = Duration::from_secs(30);
+    let listed = command::run(Command::new(busybox).arg("--list"), limit, Output::Kept)?;
+    let names = listed.output.lines().filter(|name| *name != "busybox");
+    Ok(names.map(str::to_owned).collect())
+}
+
+struct Archive(Vec<u8>);
+
+impl Archive {
+    fn add(
+        &mut self,
+        name: &str,
+        kind: ModeFileType,
+        permissions: u32,
+        bytes: &[u8],
+    ) -> Result<(), LinuxError> {
+        let add = || {
+            let size = u32::try_from(bytes.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
+            let entry = newc::Builder::new(name)
+                .mode(permissions)
+                .set_mode_file_type(kind);
+            let mut entry = entry.write(&mut self.0, size);
+            io::Write::write_all(&mut entry, bytes)?;
+            entry.finish().map(drop)
+        };
+        add().map_err(at(Path::new(name)))
+    }
+}
