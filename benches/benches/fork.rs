@@ -82,7 +82,8 @@ impl World {
         let create = CreateRequest {
             name: Some(TEMPLATE.parse()?),
             hypervisor: HypervisorName::from_static("microvm"),
-            kernel: built.guest.canonicalize()?,
+            kernel: Some(built.guest.canonicalize()?),
+            firmware: None,
             initrd: None,
             cmdline: String::new(),
             vcpus: 1,

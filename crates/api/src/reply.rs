@@ -68,6 +68,9 @@ pub struct Instance {
     /// The kernel that it boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
+    /// The firmware that it starts instead of a kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
     /// When it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created_at: Option<Timestamp>,
@@ -213,6 +216,8 @@ pub struct Hypervisor {
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that an instance can have.
     pub max_vcpus: u32,
+    /// Whether an instance can start firmware instead of a kernel.
+    pub firmware: bool,
     /// Whether guests can be given console input.
     pub console_input: bool,
     /// Whether a fork's guest is told that it is a new machine.

@@ -13,7 +13,7 @@ use crate::timeout::Timeout;
 /// The hypervisor of an instance that does not ask for one.
 const DEFAULT_HYPERVISOR: HypervisorName = HypervisorName::from_static("microvm");
 
-/// The body of `POST /instances`. Only the kernel must be given.
+/// The body of `POST /instances`. Only a kernel or firmware must be given.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateInstance {
@@ -24,7 +24,11 @@ pub struct CreateInstance {
     #[serde(default = "default_hypervisor")]
     pub hypervisor: HypervisorName,
     /// Absolute path of the kernel, as the server sees it.
-    pub kernel: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Absolute path of firmware to be started instead of a kernel, as the server sees it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
     /// Absolute path of the initial RAM disk, as the server sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
@@ -55,7 +59,8 @@ impl CreateInstance {
         Self {
             name: None,
             hypervisor: DEFAULT_HYPERVISOR,
-            kernel: kernel.into(),
+            kernel: Some(kernel.into()),
+            firmware: None,
             initrd: None,
             cmdline: String::new(),
             vcpus: one(),
@@ -73,6 +78,7 @@ impl From<CreateInstance> for CreateRequest {
             name: asked.name,
             hypervisor: asked.hypervisor,
             kernel: asked.kernel,
+            firmware: asked.firmware,
             initrd: asked.initrd,
             cmdline: asked.cmdline,
             vcpus: asked.vcpus,

@@ -148,8 +148,11 @@ pub(crate) struct Create {
     /// Its name [default: made up]
     pub(crate) name: Option<InstanceName>,
     /// The kernel: an ELF with a PVH note, or a bzImage
-    #[arg(long, value_name = "PATH")]
-    pub(crate) kernel: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "firmware")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The firmware to start instead of a kernel
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    pub(crate) firmware: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub(crate) initrd: Option<PathBuf>,

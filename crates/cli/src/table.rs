@@ -105,6 +105,13 @@ pub(crate) fn instance(instance: &Instance) -> String {
             .as_ref()
             .map(|kernel| kernel.display().to_string()),
     );
+    line(
+        "firmware",
+        instance
+            .firmware
+            .as_ref()
+            .map(|firmware| firmware.display().to_string()),
+    );
     line("ready when", instance.readiness.as_ref().map(readiness));
     line(
         "labels",

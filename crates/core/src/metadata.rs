@@ -113,8 +113,12 @@ impl Metadata {
 pub struct VmSpec {
     /// Which backend runs it.
     pub hypervisor: HypervisorName,
-    /// The kernel to boot; absolute.
-    pub kernel: PathBuf,
+    /// The kernel to boot; absolute. Either this or `firmware` is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The firmware that is started instead of a kernel; absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
     /// The initial ramdisk; absolute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
@@ -137,12 +141,13 @@ pub struct VmSpec {
 }
 
 impl VmSpec {
-    /// A machine with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
+    /// A machine that boots a kernel with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
     #[must_use]
     pub fn new(hypervisor: HypervisorName, kernel: PathBuf, vcpus: u32, memory_bytes: u64) -> Self {
         Self {
             hypervisor,
-            kernel,
+            kernel: Some(kernel),
+            firmware: None,
             initrd: None,
             cmdline: String::new(),
             vcpus,

@@ -28,7 +28,8 @@ impl Engine {
     /// The checked specification of a new instance.
     pub(crate) fn admit(&self, request: &CreateRequest) -> Result<VmSpec, EngineError> {
         let hypervisor = &request.hypervisor;
-        let most_vcpus = self.hypervisor(hypervisor)?.capabilities().max_vcpus;
+        let able = self.hypervisor(hypervisor)?.capabilities();
+        let most_vcpus = able.max_vcpus;
         if request.vcpus == 0 || request.vcpus > most_vcpus {
             return invalid(format!(
                 "vcpus is {}; {hypervisor} takes 1 to {most_vcpus}",
@@ -47,6 +48,7 @@ impl Engine {
         let spec = VmSpec {
             hypervisor: hypervisor.clone(),
             kernel: request.kernel.clone(),
+            firmware: request.firmware.clone(),
             initrd: request.initrd.clone(),
             cmdline: request.cmdline.clone(),
             vcpus: request.vcpus,
@@ -55,6 +57,9 @@ impl Engine {
             labels: request.labels.clone(),
             other: serde_json::Map::new(),
         };
+        if spec.firmware.is_some() && !able.firmware {
+            return invalid(format!("{hypervisor} starts no firmware; give it a kernel"));
+        }
         check_boot_files(&spec)?;
         Ok(spec)
     }
@@ -146,11 +151,19 @@ fn host_memory_bytes() -> u64 {
 
 /// That what is booted is there, readable and of a kind that can be booted.
 pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
-    let file = open("kernel", &spec.kernel)?;
-    if let Err(why) = kernel::check(&file) {
+    let (field, path) = match (&spec.kernel, &spec.firmware) {
+        (Some(kernel), None) => ("kernel", kernel),
+        (None, Some(firmware)) => ("firmware", firmware),
+        (None, None) => return invalid("neither kernel nor firmware is given; it takes one of them"),
+        (Some(_), Some(_)) => return invalid("kernel and firmware are both given; it takes one of them"),
+    };
+    if spec.firmware.is_some() && (spec.initrd.is_some() || !spec.cmdline.is_empty()) {
+        return invalid("initrd and cmdline are a kernel's; firmware finds by itself what it boots");
+    }
+    if let Err(why) = kernel::check(&open(field, path)?) {
         return invalid(format!(
-            "kernel `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",
-            spec.kernel.display()
+            "{field} `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",
+            path.display()
         ));
     }
     spec.initrd

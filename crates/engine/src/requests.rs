@@ -14,11 +14,13 @@ pub struct CreateRequest {
     pub name: Option<InstanceName>,
     /// Which hypervisor, such as `microvm`.
     pub hypervisor: HypervisorName,
-    /// Absolute path of an ELF with a PVH note or of a bzImage.
-    pub kernel: PathBuf,
-    /// Absolute path of the initial RAM disk.
+    /// Absolute path of an ELF with a PVH note or of a bzImage. Either this or `firmware` is given.
+    pub kernel: Option<PathBuf>,
+    /// Absolute path of firmware that is started instead of a kernel; an ELF with a PVH note too.
+    pub firmware: Option<PathBuf>,
+    /// Absolute path of the initial RAM disk; only with a kernel.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
+    /// The kernel's command line; only with a kernel.
     pub cmdline: String,
     /// vCPUs, from 1 to what the hypervisor can.
     pub vcpus: u32,

@@ -10,6 +10,7 @@ mod index;
 mod scripted;
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -180,6 +181,62 @@ async fn a_fork_whose_memory_was_copied_instead_of_mapped_says_so_and_why() {
     house.engine.start(&fork).await.unwrap();
     let seen = house.engine.get(&fork).await.unwrap();
     assert_eq!(told(seen.metadata.unwrap()), (None, None));
+}
+
+#[tokio::test]
+async fn exactly_one_of_kernel_and_firmware_is_booted() {
+    let house = House::new().await;
+    let booted = |name: &str| house.request(name).kernel;
+    let created = async |change: &dyn Fn(&mut CreateRequest)| {
+        let mut request = house.request("web");
+        change(&mut request);
+        house.engine.create(request).await
+    };
+    let why = async |change: &dyn Fn(&mut CreateRequest)| created(change).await.unwrap_err().to_string();
+    assert_eq!(
+        why(&|request| request.firmware = booted("other")).await,
+        "kernel and firmware are both given; it takes one of them"
+    );
+    assert_eq!(
+        why(&|request| request.kernel = None).await,
+        "neither kernel nor firmware is given; it takes one of them"
+    );
+    let firmware = |path: &str| {
+        let path = Some(PathBuf::from(path));
+        move |request: &mut CreateRequest| {
+            request.kernel = None;
+            request.firmware = path.clone();
+        }
+    };
+    assert_eq!(
+        why(&firmware("firmware")).await,
+        "firmware `firmware` is a relative path; it takes an absolute one, as the server sees it"
+    );
+    assert_eq!(
+        why(&firmware("/nonexistent/firmware")).await,
+        "firmware `/nonexistent/firmware` is not there; it takes a file that the server can read"
+    );
+    let with_cmdline = |request: &mut CreateRequest| {
+        request.firmware = request.kernel.take();
+        request.cmdline = "quiet".to_owned();
+    };
+    assert_eq!(
+        why(&with_cmdline).await,
+        "initrd and cmdline are a kernel's; firmware finds by itself what it boots"
+    );
+    assert_eq!(house.directories(), [] as [&str; 0]);
+    let web = created(&|request| request.firmware = request.kernel.take())
+        .await
+        .unwrap();
+    assert_eq!(web.metadata.unwrap().spec.firmware, booted("other"));
+    // A fork boots the same.
+    house.engine.stop("web").await.unwrap();
+    let fork = house
+        .engine
+        .fork("web", None, ForkRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(fork.metadata.unwrap().spec.firmware, booted("other"));
 }
 
 #[tokio::test]

@@ -86,6 +86,9 @@ pub struct PayloadConfig {
     /// Path of an ELF with a PVH note, or of a bzImage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
+    /// Path of the firmware, instead of a kernel; the microVM takes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<String>,
     /// Path of the initial RAM disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<String>,

@@ -114,6 +114,7 @@ impl Hypervisor for CloudHypervisor {
         Capabilities {
             memory_modes: self.memory_modes(),
             max_vcpus: MAX_VCPUS,
+            firmware: true,
             console_input: true,
             tells_identity: false,
             agent: false,

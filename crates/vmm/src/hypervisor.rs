@@ -129,6 +129,8 @@ pub struct Capabilities {
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that a VM can have.
     pub max_vcpus: u32,
+    /// Whether a VM can start firmware instead of a kernel.
+    pub firmware: bool,
     /// Whether the guest's serial port takes input; see [`Hypervisor::console_input`].
     pub console_input: bool,
     /// Whether a restored guest is told who it is from now on: its generation id, its clock, and that it was restored.

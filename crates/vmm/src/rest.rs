@@ -42,9 +42,11 @@ pub(crate) fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
             max_vcpus: spec.vcpus,
         },
         payload: Some(PayloadConfig {
-            kernel: Some(utf8(&spec.kernel)?),
+            kernel: spec.kernel.as_deref().map(utf8).transpose()?,
+            firmware: spec.firmware.as_deref().map(utf8).transpose()?,
             initramfs: spec.initrd.as_deref().map(utf8).transpose()?,
-            cmdline: Some(spec.cmdline.clone()),
+            // To firmware it would be nothing that it knows.
+            cmdline: spec.kernel.is_some().then(|| spec.cmdline.clone()),
         }),
         ..VmConfig::default()
     })

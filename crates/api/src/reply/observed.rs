@@ -13,6 +13,7 @@ impl From<&dyn stencil_vmm::Hypervisor> for Hypervisor {
             name: backend.name(),
             memory_modes: able.memory_modes,
             max_vcpus: able.max_vcpus,
+            firmware: able.firmware,
             console_input: able.console_input,
             tells_identity: able.tells_identity,
             agent: able.agent,
@@ -55,6 +56,7 @@ impl From<stencil_engine::Instance> for Instance {
             labels: None,
             readiness: None,
             kernel: None,
+            firmware: None,
             created_at: None,
             started_at: None,
             pid: None,
@@ -85,7 +87,8 @@ impl Instance {
         self.hot_pages = Some(metadata.hot_pages_path.is_some());
         self.labels = Some(spec.labels);
         self.readiness = Some(spec.readiness);
-        self.kernel = Some(spec.kernel);
+        self.kernel = spec.kernel;
+        self.firmware = spec.firmware;
         self.created_at = Some(metadata.created_at);
         // A VMM that ended by itself is still on record; its pid may be somebody else's now.
         if !matches!(self.state, State::Stopped | State::Standby | State::Template)

@@ -22,7 +22,14 @@ async fn a_request_that_is_not_as_expected_says_where_and_why() {
         ("[\"web\"]".to_owned(), "the body is no JSON object"),
         ("nonsense".to_owned(), "the body is no JSON object"),
         ("[".repeat(60_000), "the body is no JSON object"),
-        ("{}".to_owned(), "missing field `kernel`"),
+        (
+            "{}".to_owned(),
+            "neither kernel nor firmware is given; it takes one of them",
+        ),
+        (
+            "{\"firmware\": \"/boot/firmware\"}".to_owned(),
+            "microvm starts no firmware; give it a kernel",
+        ),
         (
             with("\"name\": \"web\"") + " trailing",
             "the body goes on after its JSON",

@@ -16,7 +16,8 @@ pub(super) async fn create(asked: Create, client: &Client, reader: Reader) -> Re
     let request = CreateInstance {
         name: asked.name,
         hypervisor: asked.hypervisor,
-        kernel: place::absolute(asked.kernel)?,
+        kernel: asked.kernel.map(place::absolute).transpose()?,
+        firmware: asked.firmware.map(place::absolute).transpose()?,
         initrd: asked.initrd.map(place::absolute).transpose()?,
         cmdline: asked.cmdline,
         vcpus: asked.vcpus,

@@ -10,6 +10,10 @@ fn what_is_not_understood_exits_with_2_and_says_why() {
         (&["explode"], "unrecognized subcommand 'explode'"),
         (&["create"], "--kernel <PATH>"),
         (
+            &["create", "--kernel", "k", "--firmware", "f"],
+            "cannot be used with",
+        ),
+        (
             &["create", "../x", "--kernel", "k"],
             "the name has '.' at position 1: use a-z, 0-9 and -",
         ),

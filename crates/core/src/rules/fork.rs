@@ -107,6 +107,7 @@ pub fn fork_metadata(
     let spec = VmSpec {
         hypervisor: source.spec.hypervisor.clone(),
         kernel: source.spec.kernel.clone(),
+        firmware: source.spec.firmware.clone(),
         initrd: source.spec.initrd.clone(),
         cmdline: source.spec.cmdline.clone(),
         vcpus: source.spec.vcpus,

@@ -235,6 +235,7 @@ fn a_fork_has_the_fields_of_the_allow_list_and_no_other() {
     let spec = [
         "hypervisor",
         "kernel",
+        "firmware",
         "initrd",
         "cmdline",
         "vcpus",

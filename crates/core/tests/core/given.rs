@@ -44,7 +44,8 @@ pub(crate) fn full() -> Metadata {
         created_at: time(),
         spec: VmSpec {
             hypervisor: HYPERVISOR,
-            kernel: "/boot/vmlinux".into(),
+            kernel: Some("/boot/vmlinux".into()),
+            firmware: Some("/boot/firmware".into()),
             initrd: Some("/boot/initrd".into()),
             cmdline: "console=ttyS0".to_owned(),
             vcpus: 2,

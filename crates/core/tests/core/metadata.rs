@@ -166,7 +166,7 @@ fn damaged_content_is_refused_with_its_cause() {
 #[test]
 fn a_path_that_is_no_utf_8_cannot_be_written() {
     let mut metadata = given::minimal();
-    metadata.spec.kernel = std::ffi::OsStr::from_bytes(b"/boot/\xff").into();
+    metadata.spec.kernel = Some(std::ffi::OsStr::from_bytes(b"/boot/\xff").into());
     assert!(matches!(
         metadata.to_json().unwrap_err(),
         FormatError::Inexpressible(_)

@@ -179,7 +179,7 @@ fn a_write_that_fails_keeps_the_old_record() {
     let metadata = given::record("web");
     let dir = given::instance(&store, &metadata);
     let mut inexpressible = metadata.clone();
-    inexpressible.spec.kernel = OsStr::from_bytes(b"/\xff").into();
+    inexpressible.spec.kernel = Some(OsStr::from_bytes(b"/\xff").into());
     assert!(matches!(
         store.write(&inexpressible, Durability::Renamed),
         Err(StoreError::Unwritable { .. })

@@ -92,7 +92,7 @@ async fn a_snapshot_is_of_the_version_that_wrote_it_not_of_the_one_installed_mea
 async fn a_pipe_is_no_kernel_and_nobody_waits_for_it() {
     let house = House::new().await;
     let mut request = house.request("web");
-    request.kernel = pipe(house.data.path().join("pipe"));
+    request.kernel = Some(pipe(house.data.path().join("pipe")));
     assert!(matches!(
         house.engine.create(request).await,
         Err(EngineError::Invalid(_))

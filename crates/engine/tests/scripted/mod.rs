@@ -122,6 +122,7 @@ impl Hypervisor for Scripted {
         Capabilities {
             memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: 4,
+            firmware: true,
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
             agent: false,
@@ -316,7 +317,8 @@ impl House {
         CreateRequest {
             name: Some(name.parse().unwrap()),
             hypervisor: "scripted".parse().unwrap(),
-            kernel,
+            kernel: Some(kernel),
+            firmware: None,
             initrd: None,
             cmdline: String::new(),
             vcpus: 1,

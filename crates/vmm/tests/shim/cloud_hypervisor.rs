@@ -165,6 +165,27 @@ async fn a_vm_lives_from_create_to_shutdown() {
 }
 
 #[tokio::test]
+async fn firmware_is_started_instead_of_a_kernel() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    let _process = world.spawn(&dir).await;
+    let mut spec = spec();
+    (spec.kernel, spec.initrd) = (None, None);
+    spec.cmdline.clear();
+    spec.firmware = Some("/boot/firmware.fd".into());
+    world
+        .vmm
+        .create(&dir, &spec, &VmGeneration::random())
+        .await
+        .unwrap();
+    let requests = world.requests(&dir);
+    assert!(
+        requests.contains(r#""payload":{"firmware":"/boot/firmware.fd"}"#),
+        "{requests}"
+    );
+}
+
+#[tokio::test]
 async fn forks_go_on_from_the_snapshot_in_each_memory_mode_and_leave_it_as_it_is() {
     let world = World::new();
     let template = world.snapshot().await;
@@ -384,6 +405,9 @@ fn the_documentation_has_the_capabilities_of_the_code() {
         }),
         row("most vCPUs", &|backend| {
             backend.capabilities().max_vcpus.to_string()
+        }),
+        row("starts firmware", &|backend| {
+            yes_or_no(backend.capabilities().firmware)
         }),
         row("console takes input", &|backend| {
             yes_or_no(backend.capabilities().console_input)
