@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use stencil_core::rules::Refusal;
 use stencil_core::{InstanceId, StoreError, error_chain};
-use stencil_engine::{EngineError, Shortage};
+use stencil_engine::{EngineError, ExecError, Shortage};
 use stencil_vmm::VmmError;
 
 /// The body of every reply that is an error.
@@ -116,6 +116,10 @@ fn told(error: &EngineError) -> ApiError {
         EngineError::NoConsole(_) | EngineError::NoSnapshot(_) => {
             ApiError::conflict("invalid_state", message)
         }
+        EngineError::NoAgent { .. } => ApiError::conflict("no_agent", message),
+        EngineError::AgentNotReady { .. } => ApiError::conflict("invalid_state", message),
+        EngineError::AgentLost { .. } => ApiError::conflict("agent_lost", message),
+        EngineError::NotExecuted { error, .. } => not_executed(*error, message),
         EngineError::OtherVersion { made_by, here, .. } => ApiError::conflict("invalid_state", message)
             .with("made_by", made_by.as_str())
             .with("here", here.as_str()),
@@ -169,6 +173,20 @@ fn no_room(shortage: &Shortage, message: String) -> ApiError {
     .with("available", shortage.available)
     .with("room_for", shortage.room_for)
     .with("armed", shortage.armed)
+}
+
+/// 400 where another request would be right.
+fn not_executed(error: ExecError, message: String) -> ApiError {
+    let (status, reason) = match error {
+        ExecError::NotFound => (StatusCode::BAD_REQUEST, "not_found"),
+        ExecError::NotExecutable => (StatusCode::BAD_REQUEST, "not_executable"),
+        ExecError::BadDirectory => (StatusCode::BAD_REQUEST, "bad_directory"),
+        ExecError::BadRequest => (StatusCode::BAD_REQUEST, "bad_request"),
+        ExecError::NoEpoch => (StatusCode::CONFLICT, "no_epoch"),
+        ExecError::TooManySessions => (StatusCode::CONFLICT, "too_many_sessions"),
+        ExecError::Failed => (StatusCode::CONFLICT, "failed"),
+    };
+    ApiError::new(status, "not_executed", message).with("reason", reason)
 }
 
 fn store(error: &StoreError) -> ApiError {
@@ -281,6 +299,30 @@ mod tests {
             .into(),
             EngineError::NoConsole(id()),
             EngineError::NoSnapshot(id()),
+            EngineError::NoAgent {
+                id: id(),
+                why:
+                    "microvm gives its guests no port for one: create the instance on a hypervisor that does"
+                        .to_owned(),
+            },
+            EngineError::AgentNotReady {
+                id: id(),
+                why: "it has not acknowledged the epoch yet; ask again in a moment".to_owned(),
+            },
+            EngineError::NotExecuted {
+                id: id(),
+                error: ExecError::NotFound,
+                why: "there is no program `mak`".to_owned(),
+            },
+            EngineError::NotExecuted {
+                id: id(),
+                error: ExecError::TooManySessions,
+                why: "256 sessions are running".to_owned(),
+            },
+            EngineError::AgentLost {
+                id: id(),
+                why: "its VM ended".to_owned(),
+            },
             EngineError::OtherVersion {
                 id: id(),
                 made_by: "0.1.0".to_owned(),

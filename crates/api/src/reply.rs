@@ -47,6 +47,9 @@ pub struct Instance {
     /// Of a template: its armed forks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub armed: Option<Armed>,
+    /// What is known of the agent in its guest; only of a VM that is up on a hypervisor that has a port for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<Agent>,
     /// The identity of its machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<VmGeneration>,
@@ -108,6 +111,33 @@ pub struct Armed {
     pub target: usize,
     /// How many can be taken now.
     pub ready: usize,
+}
+
+/// The agent in a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agent {
+    /// What is known of it.
+    pub status: AgentStatus,
+    /// The version of the protocol that it speaks, where it has answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<u8>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// What is known of the agent in a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentStatus {
+    /// Nobody in the guest has answered.
+    Absent,
+    /// It has answered, and has not acknowledged the epoch yet.
+    Connected,
+    /// The guest is the machine that it is to be; commands can be run.
+    Ready,
+    /// It could not do its part; `error` says why.
+    Failed,
 }
 
 /// How long an operation took, in microseconds.

@@ -171,6 +171,9 @@ pub(crate) struct Create {
     /// The guest is ready when it prints this [default: as soon as it runs]
     #[arg(long, value_name = "TEXT")]
     pub(crate) ready_text: Option<String>,
+    /// The guest is ready when its agent has made it a machine of its own
+    #[arg(long, conflicts_with = "ready_text")]
+    pub(crate) ready_agent: bool,
     /// Something to remember of it; can be given many times
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     pub(crate) labels: Vec<(String, String)>,

@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
-use stencil_api::reply::{ForkList, ForkOutcome, Instance, MemoryUse, Timings};
+use stencil_api::reply::{Agent, AgentStatus, ForkList, ForkOutcome, Instance, MemoryUse, Timings};
 use stencil_core::Readiness;
 
 use crate::doctor::{Diagnosis, Mark};
@@ -140,6 +140,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
             .filter(|armed| armed.target > 0)
             .map(|armed| format!("{} of {}", armed.ready, armed.target)),
     );
+    line("agent", instance.agent.as_ref().map(agent));
     line(
         "generation",
         instance.generation.map(|generation| generation.to_string()),
@@ -275,6 +276,17 @@ fn readiness(readiness: &Readiness) -> String {
     match readiness {
         Readiness::None => "it runs".to_owned(),
         Readiness::Console(text) => format!("its console says {text:?}"),
+        Readiness::Agent => "its agent says so".to_owned(),
+    }
+}
+
+fn agent(agent: &Agent) -> String {
+    match (agent.status, &agent.error) {
+        (AgentStatus::Absent, _) => "none has answered".to_owned(),
+        (AgentStatus::Connected, _) => "has answered, and is not ready".to_owned(),
+        (AgentStatus::Ready, _) => "ready".to_owned(),
+        (AgentStatus::Failed, Some(why)) => format!("failed: {why}"),
+        (AgentStatus::Failed, None) => "failed".to_owned(),
     }
 }
 
@@ -383,6 +395,7 @@ mod tests {
             "fork_of_template": "01k6h2v9d3e4f5g6h7j8k9m0n0", "memory_mode": "copy",
             "memory_mode_reason": "the memory could not be mapped: the VM has a balloon", "pid": 4711,
             "started_at": "2026-01-02T03:04:06Z",
+            "agent": { "status": "ready", "version": 1 },
             "memory_use": { "pss": 1_048_576, "private": 786_432, "shared": 8_388_608, "rss": 9_175_040 },
             "timings": { "operation": "fork", "total_us": 1820,
                 "phases": [{ "name": "spawn", "us": 700 }, { "name": "restore", "us": 1120 }] },

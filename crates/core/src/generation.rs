@@ -1,4 +1,4 @@
-//! Generations: 128 random bits that tell one running machine, or one snapshot's memory, from every other.
+//! Generations: 128 random bits that tell one running machine, one of its epochs, or one snapshot's memory, from every other.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 #[error("a generation has 32 hexadecimal digits")]
 pub struct GenerationError;
 
-/// Both generations have one form and must not be swapped: hence two types from one text.
+/// All generations have one form and must not be swapped: hence a type for each from one text.
 macro_rules! generation {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -70,6 +70,11 @@ macro_rules! generation {
 generation! {
     /// The identity of a running machine, which its guest can read (VMGENID). A fork gets a new one.
     VmGeneration
+}
+
+generation! {
+    /// The identity of one epoch of a guest: each boot, each restore and each fork begins another.
+    EpochId
 }
 
 generation! {

@@ -58,7 +58,7 @@ pub mod store;
 mod versioned;
 
 pub use error_chain::error_chain;
-pub use generation::{GenerationError, MemoryGeneration, VmGeneration};
+pub use generation::{EpochId, GenerationError, MemoryGeneration, VmGeneration};
 pub use hypervisor::{HypervisorName, HypervisorNameError};
 pub use id::{InstanceId, InstanceIdError};
 pub use layout::{DataDir, InstanceDir, SnapshotDir};

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::generation::VmGeneration;
+use crate::generation::{EpochId, VmGeneration};
 use crate::hypervisor::HypervisorName;
 use crate::id::InstanceId;
 use crate::name::InstanceName;
@@ -159,7 +159,7 @@ impl VmSpec {
     }
 }
 
-/// How a guest says that it is ready. In JSON `"none"` or `{"console": "text"}`.
+/// How a guest says that it is ready. In JSON `"none"`, `{"console": "text"}` or `"agent"`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Readiness {
@@ -168,6 +168,8 @@ pub enum Readiness {
     None,
     /// By this text on its console, in each epoch anew.
     Console(String),
+    /// By its agent, which has made it a new machine: each epoch is acknowledged.
+    Agent,
 }
 
 /// How the memory of a snapshot comes back.
@@ -250,6 +252,9 @@ pub struct ProcessIdentity {
 /// The time since a guest last found itself on a new machine; readiness counts within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Epoch {
+    /// Which one it is. A record of an earlier version has none: it gets one that nobody has acknowledged.
+    #[serde(rename = "epoch_id", default = "EpochId::random")]
+    pub id: EpochId,
     /// How it began.
     pub began: EpochKind,
     /// How many bytes of the console log are of earlier epochs.

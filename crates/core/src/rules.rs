@@ -13,6 +13,7 @@
 //! | demote-template |  | Template |  |
 //! | record-hot-pages | Template |  |  |
 //! | arm | Template |  |  |
+//! | exec | Running |  |  |
 //! | delete |  | every state |  |
 //!
 //! Everything else is refused. [`fork()`] has a table of its own.
@@ -54,6 +55,8 @@ pub enum Operation {
     RecordHotPages,
     /// Change how many of its forks are kept prepared.
     Arm,
+    /// Run a command in its guest.
+    Exec,
     /// Make another instance of it.
     Fork,
     /// Remove it and everything of it.
@@ -62,7 +65,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Start,
         Self::Stop,
         Self::Pause,
@@ -73,6 +76,7 @@ impl Operation {
         Self::Demote,
         Self::RecordHotPages,
         Self::Arm,
+        Self::Exec,
         Self::Fork,
         Self::Delete,
     ];
@@ -102,6 +106,7 @@ impl fmt::Display for Operation {
             Self::Demote => "demote-template",
             Self::RecordHotPages => "record-hot-pages",
             Self::Arm => "arm",
+            Self::Exec => "exec",
             Self::Fork => "fork",
             Self::Delete => "delete",
         })
@@ -154,6 +159,7 @@ pub fn decide(operation: Operation, state: State, live_forks: &[LiveFork]) -> Re
         Operation::Restore => (&[Standby], &[Initializing, Running]),
         Operation::Promote => (&[Standby], &[]),
         Operation::Demote | Operation::RecordHotPages | Operation::Arm => (&[Template], &[]),
+        Operation::Exec => (&[Running], &[]),
         Operation::Fork => (&[Stopped, Standby, Template], &[]),
         Operation::Delete => (&State::ALL, &[]),
     };

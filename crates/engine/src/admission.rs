@@ -45,6 +45,11 @@ impl Engine {
                 text.len()
             ));
         }
+        if request.readiness == Readiness::Agent && !able.agent {
+            return invalid(format!(
+                "readiness is agent; {hypervisor} gives its guests no port for one: take a hypervisor that does, or readiness.console"
+            ));
+        }
         let spec = VmSpec {
             hypervisor: hypervisor.clone(),
             kernel: request.kernel.clone(),
@@ -77,10 +82,15 @@ impl Engine {
         let able = self.hypervisor(&spec.hypervisor)?.capabilities();
         let begins_as_another = plan.from != ForkFrom::Config && plan.target == State::Running;
         if begins_as_another && !able.tells_identity && spec.readiness == Readiness::None {
+            let by_agent = if able.agent {
+                "readiness agent, whose agent renews them, or "
+            } else {
+                ""
+            };
             return invalid(format!(
                 "{} cannot tell a fork's guest that it is a new machine, so it would run with its source's random numbers and \
-                 names; it takes a source with readiness.console, the text that its guest prints when it has renewed them, or \
-                 target_state Paused",
+                 names; it takes a source with {by_agent}readiness.console, the text that its guest prints when it has renewed \
+                 them, or target_state Paused",
                 spec.hypervisor
             ));
         }

@@ -1,19 +1,20 @@
 //! A VMM is brought up for an instance, watched, and ended: the hops in which a process comes or goes.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use stencil_core::{
-    Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata, SnapshotDir,
-    SnapshotFacts, SnapshotManifest, VmGeneration, VmSpec, VmmRecord, error_chain,
+    Durability, Epoch, EpochId, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
+    SnapshotDir, SnapshotFacts, SnapshotManifest, VmGeneration, VmmRecord, error_chain,
 };
 use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmProcess};
 
 use crate::admission::check_boot_files;
+use crate::agent::{AgentLink, Identity};
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
-use crate::readiness::ReadyScan;
-use crate::registry::{RunningVmm, Slot};
+use crate::registry::Slot;
+use crate::running::RunningVmm;
 use crate::{Engine, EngineError};
 
 impl Engine {
@@ -191,7 +192,7 @@ impl Engine {
         record: VmmRecord,
         metadata: Metadata,
     ) -> Result<Metadata, EngineError> {
-        self.adopt(slot, process.clone(), &record, &metadata.spec);
+        self.adopt(slot, process.clone(), &record, &metadata);
         let metadata = Metadata {
             vmm: Some(record),
             ..metadata
@@ -206,16 +207,38 @@ impl Engine {
         Ok(metadata)
     }
 
-    /// The VMM belongs to the instance from now on: its end will be noticed and told.
-    pub(crate) fn adopt(&self, slot: &Arc<Slot>, process: VmmProcess, record: &VmmRecord, spec: &VmSpec) {
-        let ready = ReadyScan::new(&spec.readiness, record.epoch.console_offset);
-        slot.set_vmm(Some(Arc::new(RunningVmm {
-            process: process.clone(),
-            ready: Mutex::new(ready),
-        })));
-        let slot = Arc::clone(slot);
+    /// The VMM belongs to the instance from now on: its guest's agent is told who the guest is, and its end will be noticed
+    /// and told.
+    pub(crate) fn adopt(
+        &self,
+        slot: &Arc<Slot>,
+        process: VmmProcess,
+        record: &VmmRecord,
+        metadata: &Metadata,
+    ) {
+        let spec = &metadata.spec;
+        // VMs of a hypervisor that this server does not offer go on running without it.
+        let hypervisor = self.hypervisor(&spec.hypervisor).ok();
+        let agent = hypervisor.filter(|hypervisor| hypervisor.capabilities().agent);
+        let agent = agent.map(|hypervisor| {
+            let identity = Identity {
+                epoch: record.epoch.id,
+                host_name: metadata.name.to_string(),
+                generation: metadata.generation,
+            };
+            let dir = self.dir(&slot.id);
+            AgentLink::begin(slot, Arc::clone(hypervisor), dir, process.clone(), identity)
+        });
+        slot.set_vmm(Some(Arc::new(RunningVmm::new(
+            process.clone(),
+            agent,
+            &spec.readiness,
+            record.epoch.console_offset,
+        ))));
+        let slot = Arc::downgrade(slot);
         tokio::spawn(async move {
             let exit = process.exited().await;
+            let Some(slot) = slot.upgrade() else { return };
             let asked_for = slot
                 .vmm()
                 .is_none_or(|vmm| vmm.process.identity() != process.identity());
@@ -304,6 +327,7 @@ fn vmm_record(process: &VmmProcess, version: String, began: EpochKind, console_o
         version,
         started_at: jiff::Timestamp::now(),
         epoch: Epoch {
+            id: EpochId::random(),
             began,
             console_offset,
         },

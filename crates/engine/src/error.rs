@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use stencil_agent::ExecError;
 use stencil_core::rules::Refusal;
 use stencil_core::{InstanceId, InstanceName, StoreError};
 use stencil_vmm::VmmError;
@@ -42,6 +43,40 @@ pub enum EngineError {
     /// The guest is not there to talk to.
     #[error("instance {0} has no console to write to while its VM is down; start or restore it first")]
     NoConsole(InstanceId),
+    /// Nobody in the guest can be asked to do anything.
+    #[error("instance {id} has no agent: {why}")]
+    NoAgent {
+        /// Whose guest.
+        id: InstanceId,
+        /// Why, and what would be right.
+        why: String,
+    },
+    /// The agent is there, and the guest is not yet the machine that it is to be, or its processes are stopped.
+    #[error("the agent of instance {id} is not ready: {why}")]
+    AgentNotReady {
+        /// Whose guest.
+        id: InstanceId,
+        /// Why.
+        why: String,
+    },
+    /// The guest could not start the command.
+    #[error("the command could not be run in instance {id}: {why}")]
+    NotExecuted {
+        /// Whose guest.
+        id: InstanceId,
+        /// Of which kind the reason is.
+        error: ExecError,
+        /// The reason, in the guest's words.
+        why: String,
+    },
+    /// The link to the guest was lost while a command ran: what became of it is not known.
+    #[error("the link to the agent of instance {id} was lost: {why}")]
+    AgentLost {
+        /// Whose guest.
+        id: InstanceId,
+        /// Why.
+        why: String,
+    },
     /// The snapshot that was there a moment ago is not there any more.
     #[error("instance {0} has no complete snapshot any more; start it anew, or delete it")]
     NoSnapshot(InstanceId),

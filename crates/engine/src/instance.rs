@@ -6,6 +6,8 @@ use stencil_core::rules::{LiveFork, Operation};
 use stencil_core::{InstanceId, InstanceName, Metadata, State};
 use stencil_vmm::{MemoryUse, PageCounters};
 
+use crate::agent::AgentState;
+
 /// An instance as it was observed.
 #[derive(Clone, Debug)]
 pub struct Instance {
@@ -23,6 +25,8 @@ pub struct Instance {
     pub forks: Option<Vec<LiveFork>>,
     /// Of a template: its armed forks.
     pub armed: Option<Armed>,
+    /// What is known of the agent in its guest; only of a VM that is up on a hypervisor that has a port for one.
+    pub agent: Option<AgentState>,
     /// What its VMM process holds in memory; only where it was asked for and there is a process.
     pub memory_use: Option<MemoryUse>,
     /// How its guest's pages came to it; only where it was asked for and the VMM counts them.

@@ -10,13 +10,14 @@
 //! | `requests`, `instance`, `error` | what goes in, what comes out |
 //! | `admission`, `kernel` | checks of a request against the host, before anything is made |
 //! | `limits`, `host` | whether the host has what forks need |
-//! | `registry`, `names` | which instances there are, their names and forks, their locks and their running VMMs |
+//! | `registry`, `names`, `running` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
 //! | `fork_base`, `prepare`, `begin` | a fork's hops: its source under its lock, up to its first instruction, and from there on |
 //! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
+//! | `agent` | the agent in a guest: who the guest is in this epoch, and commands in it |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
 //! | `changes`, `wait` | waiting without polling |
 //! | `reconcile` | reattaches to VMMs and sweeps leftovers when the engine opens |
@@ -51,6 +52,7 @@
 //! ```
 
 mod admission;
+mod agent;
 mod armed;
 mod begin;
 mod bring_up;
@@ -78,10 +80,15 @@ mod readiness;
 mod reconcile;
 mod registry;
 mod requests;
+mod running;
 mod suspend;
 mod template;
 mod wait;
 
+pub use agent::{
+    Agent, AgentState, Captured, ExecEvent, ExecEvents, ExecInput, ExecOutput, ExecRequest, ExecSession,
+    Exited, MAX_CAPTURED, SessionOver,
+};
 pub use armed::MAX_ARMED;
 pub use console::ConsoleStream;
 pub use engine::{Config, Engine};
@@ -90,5 +97,6 @@ pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
 pub use instance::{Armed, Instance, Timings};
 pub use limits::{Resource, Shortage};
 pub use requests::{CreateRequest, Filter, ForksRequest};
+pub use stencil_agent::{End, Exec, ExecError, Output, TtySize, VERSION as AGENT_PROTOCOL};
 pub use stencil_core::rules::ForkRequest;
 pub use wait::WaitOutcome;

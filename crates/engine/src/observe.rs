@@ -2,10 +2,13 @@
 
 use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
-use stencil_core::{Metadata, Observed, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain};
+use stencil_core::{
+    Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain,
+};
 
 use stencil_vmm::PageCounters;
 
+use crate::agent::AgentState;
 use crate::registry::Slot;
 use crate::{Engine, EngineError, Filter, Instance};
 
@@ -171,6 +174,18 @@ impl Engine {
                         }
                     }
                 }
+                if matches!(
+                    seen.observed.state,
+                    State::Stopped | State::Standby | State::Template
+                ) {
+                    // Of a VMM that ended by itself.
+                    instance.agent = None;
+                }
+                if let (State::Initializing, Readiness::Agent, Some(AgentState::Failed(why))) =
+                    (instance.state, &seen.metadata.spec.readiness, &instance.agent)
+                {
+                    instance.state_error = Some(format!("its agent failed: {why}"));
+                }
                 instance.metadata = Some(seen.metadata);
             }
             Err(_) if !self.inner.registry.holds(slot) => {
@@ -215,6 +230,10 @@ impl Engine {
     }
 }
 
+fn agent_state(slot: &Slot) -> Option<AgentState> {
+    Some(slot.vmm()?.agent.as_ref()?.state())
+}
+
 /// What is known of an instance that was not looked at.
 fn unseen(slot: &Slot) -> Instance {
     Instance {
@@ -225,6 +244,7 @@ fn unseen(slot: &Slot) -> Instance {
         state_error: None,
         forks: None,
         armed: None,
+        agent: agent_state(slot),
         memory_use: None,
         pages: None,
         timings: slot.timings(),

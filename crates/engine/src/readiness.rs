@@ -4,8 +4,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use stencil_core::Readiness;
-
 /// Bytes that are read from a log at a time.
 const CHUNK: usize = 64 << 10;
 
@@ -21,14 +19,10 @@ pub(crate) struct ReadyScan {
 }
 
 impl ReadyScan {
-    /// A scan of the epoch that begins at `offset` bytes into the log.
-    pub(crate) fn new(readiness: &Readiness, offset: u64) -> Self {
-        let wanted = match readiness {
-            Readiness::None => None,
-            Readiness::Console(text) => Some(text.as_bytes().to_vec()),
-        };
+    /// A scan for `text`, if anything is asked of the guest, of the epoch that begins at `offset` bytes into the log.
+    pub(crate) fn new(text: Option<&str>, offset: u64) -> Self {
         Self {
-            wanted,
+            wanted: text.map(|text| text.as_bytes().to_vec()),
             offset,
             carried: Vec::new(),
         }
@@ -81,7 +75,7 @@ mod tests {
     #[test]
     fn ready_is_found_when_its_text_comes_in_two_pieces() {
         let mut file = log(b"booting\nrea");
-        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 0);
+        let mut scan = ReadyScan::new(Some("ready"), 0);
         assert!(!scan.advance(file.path()));
         file.write_all(b"dy\n").unwrap();
         assert!(scan.advance(file.path()));
@@ -91,12 +85,12 @@ mod tests {
     #[test]
     fn ready_of_an_earlier_epoch_does_not_count() {
         let file = log(b"ready\n");
-        let mut scan = ReadyScan::new(&Readiness::Console("ready".to_owned()), 6);
+        let mut scan = ReadyScan::new(Some("ready"), 6);
         assert!(!scan.advance(file.path()));
     }
 
     #[test]
     fn no_readiness_asked_is_ready_without_a_log() {
-        assert!(ReadyScan::new(&Readiness::None, 0).advance(Path::new("/nonexistent")));
+        assert!(ReadyScan::new(None, 0).advance(Path::new("/nonexistent")));
     }
 }

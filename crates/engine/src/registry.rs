@@ -6,19 +6,17 @@
 //! instance *is* is always read from disk, and whether a template may go is decided by a scan.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stencil_core::rules::LiveFork;
 use stencil_core::{InstanceId, InstanceName, Metadata};
-use stencil_vmm::VmmProcess;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, watch};
 
 use crate::hot_list::HotList;
 use crate::names::{Holder, Names};
 use crate::pool::Pool;
-use crate::readiness::ReadyScan;
+use crate::running::RunningVmm;
 use crate::{EngineError, Timings};
 
 #[derive(Debug, Default)]
@@ -69,33 +67,6 @@ pub(crate) struct Slot {
 struct Runtime {
     vmm: Option<Arc<RunningVmm>>,
     timings: Option<Timings>,
-}
-
-/// A VMM that this server started or found again, in one epoch of its guest.
-#[derive(Debug)]
-pub(crate) struct RunningVmm {
-    pub(crate) process: VmmProcess,
-    /// Whether the guest has said in this epoch that it is ready.
-    pub(crate) ready: Mutex<ReadyScan>,
-}
-
-impl RunningVmm {
-    /// Reads on in the console log; whether the guest has said that it is ready.
-    pub(crate) fn is_ready(&self, log: &Path) -> bool {
-        self.ready().advance(log)
-    }
-
-    /// The same, and whether it has printed something since the last look.
-    pub(crate) fn is_ready_or_prints(&self, log: &Path) -> (bool, bool) {
-        let mut ready = self.ready();
-        let before = ready.seen();
-        (ready.advance(log), ready.seen() > before)
-    }
-
-    fn ready(&self) -> MutexGuard<'_, ReadyScan> {
-        // Nothing panics while it holds this lock.
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Slot {

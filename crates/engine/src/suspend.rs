@@ -41,6 +41,10 @@ impl Engine {
             }
             return Err(failed);
         }
+        // A guest that did not run could not take the connection.
+        if let Some(link) = slot.vmm().as_ref().and_then(|running| running.agent.as_ref()) {
+            link.hurry();
+        }
         store.discard_snapshot(&id)?;
         stopwatch.lap("resume");
         Ok(())
@@ -55,17 +59,39 @@ impl Engine {
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
         if state == State::Running {
-            self.pause_vm(slot, &metadata, stopwatch).await?;
+            self.freeze_and_pause(slot, &metadata, stopwatch).await?;
         }
         if let Err(failed) = self.write_snapshot(slot, &metadata, stopwatch).await {
             if state == State::Running {
                 self.resume_vm(slot, &metadata, stopwatch).await?;
+                thaw(slot).await;
             }
             return Err(failed);
         }
         self.end_vmm(slot, metadata).await?;
         stopwatch.lap("stop");
         Ok(())
+    }
+
+    /// Stops the users' processes first, so that none of them runs in a fork before the fork is a machine of its own. A VM that
+    /// was paused by its user is snapshotted as it is.
+    async fn freeze_and_pause(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        let running = slot.vmm();
+        if let Some(link) = running.as_ref().and_then(|running| running.agent.as_ref())
+            && link.freeze(slot.id).await
+        {
+            stopwatch.lap("freeze");
+        }
+        let paused = self.pause_vm(slot, metadata, stopwatch).await;
+        if paused.is_err() {
+            thaw(slot).await;
+        }
+        paused
     }
 
     async fn write_snapshot(
@@ -145,6 +171,13 @@ impl Engine {
         self.until_ready(slot, changes).await?;
         stopwatch.lap("ready");
         Ok(())
+    }
+}
+
+/// Lets the users' processes go on in a guest that was to be snapshotted.
+async fn thaw(slot: &Slot) {
+    if let Some(link) = slot.vmm().as_ref().and_then(|running| running.agent.as_ref()) {
+        link.thaw().await;
     }
 }
 

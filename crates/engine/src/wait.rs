@@ -57,7 +57,7 @@ impl Engine {
         }
     }
 
-    /// Waits until the guest has said that it is ready, its VM is down, or [`READY_WAIT`] has passed; whether it is ready.
+    /// Waits until the guest has said that it is ready or its agent that it cannot be, its VM is down, or [`READY_WAIT`] has passed; whether it is ready.
     pub(crate) async fn until_ready(&self, slot: &Slot, mut changes: Changes) -> Result<bool, EngineError> {
         let log = self.dir(&slot.id).console_log();
         let deadline = tokio::time::Instant::now() + READY_WAIT;
@@ -69,6 +69,9 @@ impl Engine {
             let (is_ready, prints) = running.is_ready_or_prints(&log);
             if is_ready {
                 return Ok(true);
+            }
+            if running.has_failed() {
+                return Ok(false);
             }
             // A guest that prints runs, and most often it is about to print its text: its VMM is asked when something
             // else has happened, or when the guest is silent.

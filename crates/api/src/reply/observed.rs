@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use stencil_core::State;
+use stencil_engine::{AGENT_PROTOCOL, AgentState};
 
-use super::{Armed, Forks, Hypervisor, Instance, MemoryUse, Phase, Timings};
+use super::{Agent, AgentStatus, Armed, Forks, Hypervisor, Instance, MemoryUse, Phase, Timings};
 
 impl From<&dyn stencil_vmm::Hypervisor> for Hypervisor {
     fn from(backend: &dyn stencil_vmm::Hypervisor) -> Self {
@@ -49,6 +50,7 @@ impl From<stencil_engine::Instance> for Instance {
                 target: armed.target,
                 ready: armed.ready,
             }),
+            agent: seen.agent.map(Agent::from),
             generation: None,
             memory_mode: None,
             memory_mode_reason: None,
@@ -100,6 +102,22 @@ impl Instance {
     }
 }
 
+impl From<AgentState> for Agent {
+    fn from(state: AgentState) -> Self {
+        let (status, version, error) = match state {
+            AgentState::Absent => (AgentStatus::Absent, None, None),
+            AgentState::Connected => (AgentStatus::Connected, Some(AGENT_PROTOCOL), None),
+            AgentState::Ready => (AgentStatus::Ready, Some(AGENT_PROTOCOL), None),
+            AgentState::Failed(why) => (AgentStatus::Failed, None, Some(why)),
+        };
+        Self {
+            status,
+            version,
+            error,
+        }
+    }
+}
+
 impl From<stencil_engine::Timings> for Timings {
     fn from(timings: stencil_engine::Timings) -> Self {
         Self {
@@ -126,8 +144,8 @@ fn micros(duration: Duration) -> u64 {
 mod tests {
     use stencil_core::rules::{LiveFork, Operation};
     use stencil_core::{
-        Epoch, EpochKind, InstanceId, MemoryMode, Metadata, ProcessIdentity, Readiness, VmGeneration, VmSpec,
-        VmmRecord,
+        Epoch, EpochId, EpochKind, InstanceId, MemoryMode, Metadata, ProcessIdentity, Readiness,
+        VmGeneration, VmSpec, VmmRecord,
     };
 
     use super::*;
@@ -159,6 +177,7 @@ mod tests {
             version: "0.1.0".to_owned(),
             started_at: "2026-01-02T03:04:06Z".parse().unwrap(),
             epoch: Epoch {
+                id: EpochId::random(),
                 began: EpochKind::Fork,
                 console_offset: 0,
             },
@@ -175,6 +194,7 @@ mod tests {
             state_error: None,
             forks: None,
             armed: None,
+            agent: None,
             memory_use: None,
             pages: None,
             timings: None,
@@ -184,6 +204,7 @@ mod tests {
     #[test]
     fn a_fork_shows_everything_that_is_known_of_it() {
         let fork = stencil_engine::Instance {
+            agent: Some(AgentState::Failed("it cannot set the clock".to_owned())),
             pages: Some([("prefetched".to_owned(), 21)].into()),
             memory_use: Some(stencil_vmm::MemoryUse {
                 pss: 1,

@@ -22,7 +22,11 @@ pub(super) async fn create(asked: Create, client: &Client, reader: Reader) -> Re
         cmdline: asked.cmdline,
         vcpus: asked.vcpus,
         memory: asked.memory,
-        readiness: asked.ready_text.map_or(Readiness::None, Readiness::Console),
+        readiness: match asked.ready_text {
+            Some(text) => Readiness::Console(text),
+            None if asked.ready_agent => Readiness::Agent,
+            None => Readiness::None,
+        },
         labels: asked.labels.into_iter().collect(),
         start: !asked.no_start,
     };

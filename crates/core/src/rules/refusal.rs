@@ -91,7 +91,7 @@ const fn instead(operation: Operation, state: State) -> &'static str {
     match (operation, state) {
         (_, S::Unknown) => "its state cannot be told, its state_error says why; only delete is allowed",
 
-        (O::Start | O::Pause | O::Resume | O::Restore, S::Template) => {
+        (O::Start | O::Pause | O::Resume | O::Restore | O::Exec, S::Template) => {
             "a template cannot wake; fork it (fork), or demote it first (demote-template)"
         }
         (O::Standby, S::Template) => {
@@ -100,22 +100,22 @@ const fn instead(operation: Operation, state: State) -> &'static str {
         (O::Promote, S::Template) => "it is a template already; fork it (fork)",
         (O::Demote | O::RecordHotPages | O::Arm, _) => "it is no template",
 
-        (O::Start | O::Restore, S::Paused) => "it is paused; let it go on (resume)",
+        (O::Start | O::Restore | O::Exec, S::Paused) => "it is paused; let it go on (resume)",
         (O::Start, S::Standby) => {
             "it is on standby; let it go on (restore), or discard its snapshot first (stop)"
         }
-        (O::Pause | O::Resume, S::Standby) => "it is on standby; let it go on first (restore)",
+        (O::Pause | O::Resume | O::Exec, S::Standby) => "it is on standby; let it go on first (restore)",
 
         (O::Restore, S::Stopped | S::Created | S::Shutdown) => "it is not on standby; start it (start)",
         (O::Resume, S::Stopped | S::Created | S::Shutdown) => "it is not paused; start it (start)",
-        (O::Pause | O::Standby, S::Stopped | S::Created | S::Shutdown) => {
+        (O::Pause | O::Standby | O::Exec, S::Stopped | S::Created | S::Shutdown) => {
             "it does not run; start it first (start)"
         }
         (O::Promote, S::Stopped | S::Created | S::Shutdown) => {
             "start it (start), then put it on standby (standby) first"
         }
         (O::Promote, S::Running | S::Paused) => "put it on standby first (standby)",
-        (O::Pause | O::Standby | O::Promote, S::Initializing) => {
+        (O::Pause | O::Standby | O::Promote | O::Exec, S::Initializing) => {
             "its guest is not ready yet; wait until it is Running (wait)"
         }
 
@@ -136,6 +136,7 @@ const fn instead(operation: Operation, state: State) -> &'static str {
         | (O::Resume, S::Paused | S::Running | S::Initializing)
         | (O::Standby, S::Running | S::Paused | S::Standby)
         | (O::Restore, S::Standby | S::Running | S::Initializing)
-        | (O::Promote, S::Standby) => "it is allowed",
+        | (O::Promote, S::Standby)
+        | (O::Exec, S::Running) => "it is allowed",
     }
 }

@@ -70,6 +70,7 @@ pub(crate) fn full() -> Metadata {
             version: "0.1.0".to_owned(),
             started_at: time(),
             epoch: Epoch {
+                id: "101112131415161718191a1b1c1d1e1f".parse().unwrap(),
                 began: EpochKind::Restore,
                 console_offset: 17,
             },

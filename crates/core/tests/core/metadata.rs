@@ -75,6 +75,19 @@ fn what_is_left_out_has_its_default() {
 }
 
 #[test]
+fn an_epoch_of_a_record_without_ids_is_one_that_nobody_knows() {
+    let mut json: Value = serde_json::from_slice(&given::full().to_json().unwrap()).unwrap();
+    json["vmm"].as_object_mut().unwrap().remove("epoch_id").unwrap();
+    let read = || {
+        let metadata = Metadata::from_json(json.to_string().as_bytes()).unwrap();
+        metadata.vmm.unwrap().epoch
+    };
+    let (first, second) = (read(), read());
+    assert_eq!(first.console_offset, 17);
+    assert_ne!(first.id, second.id);
+}
+
+#[test]
 fn readiness_and_memory_mode_have_their_words() {
     let console = Readiness::Console("login:".to_owned());
     assert_eq!(
@@ -82,6 +95,7 @@ fn readiness_and_memory_mode_have_their_words() {
         json!({"console": "login:"})
     );
     assert_eq!(serde_json::to_value(Readiness::None).unwrap(), json!("none"));
+    assert_eq!(serde_json::to_value(Readiness::Agent).unwrap(), json!("agent"));
     for (mode, word) in [
         (MemoryMode::Copy, "copy"),
         (MemoryMode::Cow, "cow"),

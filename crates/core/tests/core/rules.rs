@@ -71,6 +71,7 @@ fn path(operation: Operation, state: State) -> Option<&'static [State]> {
         (Operation::Promote, Standby) => &[Standby, Template],
         (Operation::Demote, Template) => &[Template, Standby],
         (Operation::RecordHotPages | Operation::Arm, Template) => &[Template],
+        (Operation::Exec, Running) => &[Running],
         _ => return None,
     })
 }

@@ -23,6 +23,7 @@ use stencil_vmm::{
 };
 use tempfile::TempDir;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 
 #[derive(Debug, Default)]
 pub(crate) struct Scripted {
@@ -36,6 +37,8 @@ pub(crate) struct Scripted {
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
     version: Mutex<Option<&'static str>>,
+    /// Where the guest's ends of streams to agents go; without, guests have no port for one.
+    guests: Mutex<Option<mpsc::UnboundedSender<UnixStream>>>,
 }
 
 impl Scripted {
@@ -88,6 +91,13 @@ impl Scripted {
         self.deaf.store(1, Ordering::SeqCst);
     }
 
+    /// From now on guests have a port for an agent; the guest's end of each connection comes out here.
+    pub(crate) fn give_agent_ports(&self) -> mpsc::UnboundedReceiver<UnixStream> {
+        let (sender, guests) = mpsc::unbounded_channel();
+        *self.guests.lock().unwrap() = Some(sender);
+        guests
+    }
+
     fn call(&self, call: &'static str) -> Result<(), VmmError> {
         self.log.lock().unwrap().push(call.to_owned());
         match &mut *self.failing.lock().unwrap() {
@@ -125,7 +135,7 @@ impl Hypervisor for Scripted {
             firmware: true,
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
-            agent: false,
+            agent: self.guests.lock().unwrap().is_some(),
             outlives_guest: true,
         }
     }
@@ -222,7 +232,14 @@ impl Hypervisor for Scripted {
     }
 
     async fn connect_agent(&self, _: &InstanceDir) -> Result<UnixStream, VmmError> {
-        Err(VmmError::NoAgentPort { name: self.name() })
+        let guests = self.guests.lock().unwrap();
+        let guests = guests
+            .as_ref()
+            .ok_or_else(|| VmmError::NoAgentPort { name: self.name() })?;
+        let (host, guest) = UnixStream::pair().unwrap();
+        // A test that is over has no guests any more.
+        let _ = guests.send(guest);
+        Ok(host)
     }
 
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {

@@ -110,6 +110,7 @@ impl Models {
             Operation::Demote if model.template && in_use => return Verdict::Refused("template_in_use"),
             Operation::Demote if model.template => model.template = false,
             Operation::RecordHotPages | Operation::Arm if model.template => {}
+            Operation::Exec if ready => {}
             _ => return invalid,
         }
         Verdict::Acts

@@ -96,7 +96,7 @@ impl World {
                 Operation::Demote => (rules::demoted(&metadata), snapshot, vmm),
                 Operation::RecordHotPages => (rules::with_hot_pages(&metadata, None), snapshot, vmm),
                 Operation::Arm => (rules::with_armed(&metadata, Some(3)), snapshot, vmm),
-                Operation::Delete | Operation::Fork => (metadata, snapshot, vmm),
+                Operation::Delete | Operation::Fork | Operation::Exec => (metadata, snapshot, vmm),
             };
             self.instances[index] = (operation != Operation::Delete).then_some(Facts {
                 metadata,

@@ -1,0 +1,196 @@
+//! A command in a guest, from its request to its result.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use stencil_agent::{Exec, ExecError, Output};
+use stencil_core::rules::{self, Operation};
+use stencil_core::{InstanceId, State};
+
+use super::conversation::NotOpened;
+use super::session::{ExecEvent, ExecSession, Exited};
+use super::{AgentLink, AgentState};
+use crate::running::RunningVmm;
+use crate::{Engine, EngineError};
+
+/// The most bytes of each output of a command that are kept in its result.
+pub const MAX_CAPTURED: usize = 1 << 20;
+
+/// How long an agent that has not answered yet is waited for: a server that was just started may still be connecting.
+const AGENT_WAIT: Duration = Duration::from_secs(1);
+
+/// A command whose result is asked for as one.
+#[derive(Clone, Debug, Default)]
+pub struct ExecRequest {
+    /// The command; whether it has an input is up to `stdin`.
+    pub exec: Exec,
+    /// What it is given to read.
+    pub stdin: Bytes,
+}
+
+/// What came of a command.
+#[derive(Clone, Debug)]
+pub struct ExecOutput {
+    /// How it ended.
+    pub exited: Exited,
+    /// What it wrote to its standard output.
+    pub stdout: Captured,
+    /// What it wrote to its standard error.
+    pub stderr: Captured,
+    /// From the request to the result.
+    pub took: Duration,
+}
+
+/// What a command wrote to one of its outputs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Captured {
+    /// The first [`MAX_CAPTURED`] bytes.
+    pub bytes: Vec<u8>,
+    /// There was more, which was thrown away.
+    pub truncated: bool,
+}
+
+/// The agent in a guest, ready to run commands.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    id: InstanceId,
+    running: Arc<RunningVmm>,
+}
+
+impl Engine {
+    /// Runs a command in the guest and waits for its end. It is killed when the future is dropped.
+    ///
+    /// # Errors
+    /// As [`Engine::agent`] and [`Agent::exec`]; [`EngineError::AgentLost`].
+    pub async fn exec(&self, reference: &str, request: ExecRequest) -> Result<ExecOutput, EngineError> {
+        self.agent(reference).await?.run(request).await
+    }
+
+    /// The agent in the guest of an instance that is Running.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::Refused`] in another state;
+    /// [`EngineError::NoAgent`] where there is none; [`EngineError::AgentNotReady`] while the guest is not yet the machine
+    /// that it is to be.
+    pub async fn agent(&self, reference: &str) -> Result<Agent, EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let id = slot.id;
+        let no_agent = |why: String| EngineError::NoAgent { id, why };
+        let seen = self.observe(&slot).await?;
+        let name = &seen.metadata.spec.hypervisor;
+        if seen.state() != State::Unknown && !self.hypervisor(name)?.capabilities().agent {
+            return Err(no_agent(format!(
+                "{name} gives its guests no port for one: create the instance on a hypervisor that does"
+            )));
+        }
+        rules::decide(Operation::Exec, seen.state(), &[])?;
+        let gone = || EngineError::AgentLost {
+            id,
+            why: "its VM ended".to_owned(),
+        };
+        let running = slot.vmm().ok_or_else(gone)?;
+        let link = running.agent.as_ref().ok_or_else(gone)?;
+        match link.settled(AGENT_WAIT).await {
+            AgentState::Ready => Ok(Agent { id, running }),
+            AgentState::Absent => Err(no_agent(
+                "nobody in the guest has answered: boot an image that starts stencil-agent, and wait until it has come up".to_owned(),
+            )),
+            AgentState::Connected => Err(EngineError::AgentNotReady {
+                id,
+                why: "it has not acknowledged the epoch yet; ask again in a moment".to_owned(),
+            }),
+            AgentState::Failed(why) => Err(EngineError::AgentNotReady { id, why }),
+        }
+    }
+}
+
+impl Agent {
+    /// Starts a command.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a request without a program or too large; [`EngineError::NotExecuted`] where the guest
+    /// cannot start it; [`EngineError::AgentLost`].
+    pub async fn exec(&self, exec: Exec) -> Result<ExecSession, EngineError> {
+        if exec.argv.is_empty() {
+            return Err(EngineError::Invalid(
+                "cmd is empty; it takes a program and its arguments".to_owned(),
+            ));
+        }
+        let lost = |why: &str| EngineError::AgentLost {
+            id: self.id,
+            why: why.to_owned(),
+        };
+        let link: &AgentLink = self.running.agent.as_ref().ok_or_else(|| lost("its VM ended"))?;
+        link.open(exec).await.map_err(|not_opened| match not_opened {
+            NotOpened::Refused(ExecError::NoEpoch, why) => EngineError::AgentNotReady { id: self.id, why },
+            NotOpened::Refused(error, why) => EngineError::NotExecuted {
+                id: self.id,
+                error,
+                why,
+            },
+            NotOpened::TooLarge => EngineError::Invalid(
+                "cmd, env and cwd together are too large; they take at most 64 KiB less some bytes for each"
+                    .to_owned(),
+            ),
+            NotOpened::Lost(why) => lost(&why),
+        })
+    }
+
+    /// Runs a command to its end.
+    ///
+    /// # Errors
+    /// As [`exec`](Self::exec); [`EngineError::AgentLost`] also while it runs.
+    pub async fn run(&self, request: ExecRequest) -> Result<ExecOutput, EngineError> {
+        let begun = Instant::now();
+        let ExecRequest { mut exec, stdin } = request;
+        exec.stdin = !stdin.is_empty();
+        let ExecSession {
+            mut events, input, ..
+        } = self.exec(exec).await?;
+        let fed = async {
+            // A command that ends before it has read everything is none the worse for it.
+            if !stdin.is_empty() && input.write(&stdin).await.is_ok() {
+                let _ = input.close().await;
+            }
+            std::future::pending().await
+        };
+        let ended = async {
+            let (mut stdout, mut stderr) = (Captured::default(), Captured::default());
+            while let Some(event) = events.next().await {
+                match event {
+                    Ok(ExecEvent::Output(Output::Stdout, bytes)) => stdout.keep(&bytes),
+                    Ok(ExecEvent::Output(Output::Stderr, bytes)) => stderr.keep(&bytes),
+                    Ok(ExecEvent::Exited(exited)) => return Ok((exited, stdout, stderr)),
+                    Err(why) => return Err(why),
+                }
+            }
+            Err("its agent told of no end".to_owned())
+        };
+        let ended = tokio::select! {
+            ended = ended => ended,
+            never = fed => never,
+        };
+        let (exited, stdout, stderr) = ended.map_err(|why| EngineError::AgentLost { id: self.id, why })?;
+        Ok(ExecOutput {
+            exited,
+            stdout,
+            stderr,
+            took: begun.elapsed(),
+        })
+    }
+
+    /// Turns the end of a session without an exit into an error that names the instance.
+    #[must_use]
+    pub fn lost(&self, why: String) -> EngineError {
+        EngineError::AgentLost { id: self.id, why }
+    }
+}
+
+impl Captured {
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = MAX_CAPTURED - self.bytes.len();
+        self.truncated |= bytes.len() > room;
+        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
+}
