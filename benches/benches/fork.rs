@@ -82,10 +82,11 @@ impl World {
         let create = CreateRequest {
             name: Some(TEMPLATE.parse()?),
             hypervisor: HypervisorName::from_static("microvm"),
+            image: None,
             kernel: Some(built.guest.canonicalize()?),
             firmware: None,
             initrd: None,
-            cmdline: String::new(),
+            cmdline: None,
             vcpus: 1,
             memory_bytes,
             readiness: Readiness::Console("ready epoch=".to_owned()),

@@ -1,5 +1,7 @@
 //! The typed client: one method for each route, over the server's Unix socket.
 
+mod images;
+
 use std::io;
 use std::path::{Path, PathBuf};
 

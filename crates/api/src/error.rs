@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use stencil_core::rules::Refusal;
-use stencil_core::{InstanceId, StoreError, error_chain};
+use stencil_core::{InstanceId, InstanceName, StoreError, error_chain};
 use stencil_engine::{EngineError, ExecError, Shortage};
 use stencil_vmm::VmmError;
 
@@ -146,11 +146,8 @@ fn refused(refusal: &Refusal) -> ApiError {
             .with("operation", operation.to_string())
             .with("state", state.to_string()),
         Refusal::TemplateInUse { forks, .. } => {
-            let forks: Vec<Value> = forks
-                .iter()
-                .map(|fork| json!({ "id": fork.id.to_string(), "name": fork.name.as_str() }))
-                .collect();
-            ApiError::conflict(code, message).with("forks", forks)
+            let forks = forks.iter().map(|fork| (&fork.id, &fork.name));
+            ApiError::conflict(code, message).with("forks", named(forks))
         }
         Refusal::InvalidTarget { target, allowed, .. } => {
             ApiError::new(StatusCode::BAD_REQUEST, code, message)
@@ -191,7 +188,15 @@ fn not_executed(error: ExecError, message: String) -> ApiError {
 
 fn store(error: &StoreError) -> ApiError {
     match error {
-        StoreError::NotFound { .. } => ApiError::not_found(error.to_string()),
+        StoreError::NotFound { .. } | StoreError::NoImage { .. } => ApiError::not_found(error.to_string()),
+        StoreError::ImageExists { name } => {
+            ApiError::conflict("name_conflict", error.to_string()).with("name", name.as_str())
+        }
+        StoreError::ImageInUse { users, .. } => {
+            let users = users.iter().map(|user| (&user.id, &user.name));
+            ApiError::conflict("image_in_use", error.to_string()).with("instances", named(users))
+        }
+        StoreError::BrokenImage { .. } => ApiError::conflict("broken_image", error.to_string()),
         StoreError::Unreadable { id, .. } => ApiError::unreadable_metadata(format!(
             "the metadata of instance {id} cannot be read; the server's log says why: repair them, or delete the instance"
         ))
@@ -224,6 +229,12 @@ fn vmm(id: &InstanceId, error: &VmmError) -> String {
     format!("the VMM of instance {id} {why}; the server's log says more")
 }
 
+fn named<'a>(instances: impl Iterator<Item = (&'a InstanceId, &'a InstanceName)>) -> Vec<Value> {
+    instances
+        .map(|(id, name)| json!({ "id": id.to_string(), "name": name.as_str() }))
+        .collect()
+}
+
 fn texts<T: ToString>(things: &[T]) -> Vec<String> {
     things.iter().map(ToString::to_string).collect()
 }
@@ -234,7 +245,7 @@ mod tests {
     use std::time::Duration;
 
     use stencil_core::rules::{LiveFork, Operation};
-    use stencil_core::{State, UnreadableCause};
+    use stencil_core::{ImageUser, State, UnreadableCause};
     use stencil_engine::Resource;
     use stencil_vmm::{Call, SnapshotError};
     use stencil_vmm_api::ErrorBody as VmmWords;
@@ -336,6 +347,27 @@ mod tests {
             }
             .into(),
             StoreError::NotAnInstance { path: SECRET.into() }.into(),
+            StoreError::NoImage {
+                name: "debian".parse().unwrap(),
+            }
+            .into(),
+            StoreError::ImageExists {
+                name: "debian".parse().unwrap(),
+            }
+            .into(),
+            StoreError::ImageInUse {
+                name: "debian".parse().unwrap(),
+                users: vec![ImageUser {
+                    id: id(),
+                    name: "web-1".parse().unwrap(),
+                }],
+            }
+            .into(),
+            StoreError::BrokenImage {
+                name: "debian".parse().unwrap(),
+                reason: "kernel is missing".to_owned(),
+            }
+            .into(),
             StoreError::BrokenSnapshot {
                 path: SECRET.into(),
                 reason: "state.json is missing".to_owned(),

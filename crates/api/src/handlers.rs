@@ -2,6 +2,7 @@
 
 pub(crate) mod console;
 pub(crate) mod forks;
+pub(crate) mod images;
 pub(crate) mod instances;
 pub(crate) mod lifecycle;
 pub(crate) mod service;

@@ -1,5 +1,6 @@
 //! What is answered over the wire. What does not apply is absent; a client ignores what it does not know.
 
+mod images;
 mod observed;
 
 use std::collections::BTreeMap;
@@ -7,7 +8,9 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use stencil_core::{HypervisorName, InstanceId, InstanceName, MemoryMode, Readiness, State, VmGeneration};
+use stencil_core::{
+    HypervisorName, ImageName, InstanceId, InstanceName, MemoryMode, Readiness, State, VmGeneration,
+};
 
 use crate::ErrorBody;
 
@@ -68,6 +71,9 @@ pub struct Instance {
     /// How its guest says that it is ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Readiness>,
+    /// The image that it was made of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageName>,
     /// The kernel that it boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -205,6 +211,44 @@ pub enum ForkOutcome {
     Instance(Box<Instance>),
     /// It was not.
     Error(ErrorBody),
+}
+
+/// One image. Where it cannot be used, `error` says why, and what its record would tell is absent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its name.
+    pub name: ImageName,
+    /// Why it cannot be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// When it was added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_at: Option<Timestamp>,
+    /// Its kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<ImageFile>,
+    /// Its initial RAM disk, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<ImageFile>,
+    /// The kernel's command line, for instances that do not have their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+}
+
+/// A file of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageFile {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The SHA-256 of its content, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// The reply of `GET /images`, in the order of their names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageList {
+    /// The images.
+    pub images: Vec<Image>,
 }
 
 /// The reply of `GET /instances/{id}/wait`.

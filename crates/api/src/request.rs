@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
-use stencil_core::{ForkRequest, HypervisorName, InstanceName, MemoryMode, Readiness, State};
-use stencil_engine::{CreateRequest, Filter, ForksRequest};
+use stencil_core::{ForkRequest, HypervisorName, ImageName, InstanceName, MemoryMode, Readiness, State};
+use stencil_engine::{CreateRequest, Filter, ForksRequest, ImageRequest};
 
 use crate::memory_size::MemorySize;
 use crate::timeout::Timeout;
@@ -13,7 +13,7 @@ use crate::timeout::Timeout;
 /// The hypervisor of an instance that does not ask for one.
 const DEFAULT_HYPERVISOR: HypervisorName = HypervisorName::from_static("microvm");
 
-/// The body of `POST /instances`. Only a kernel or firmware must be given.
+/// The body of `POST /instances`. Only an image, a kernel or firmware must be given.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateInstance {
@@ -23,6 +23,9 @@ pub struct CreateInstance {
     /// Which hypervisor is to run it; `microvm` when absent.
     #[serde(default = "default_hypervisor")]
     pub hypervisor: HypervisorName,
+    /// The image that it boots from, instead of a kernel and an initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageName>,
     /// Absolute path of the kernel, as the server sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -32,9 +35,9 @@ pub struct CreateInstance {
     /// Absolute path of the initial RAM disk, as the server sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line; empty when absent.
-    #[serde(default)]
-    pub cmdline: String,
+    /// The kernel's command line; when absent, that of the image, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
     /// How many vCPUs; 1 when absent.
     #[serde(default = "one")]
     pub vcpus: u32,
@@ -59,10 +62,11 @@ impl CreateInstance {
         Self {
             name: None,
             hypervisor: DEFAULT_HYPERVISOR,
+            image: None,
             kernel: Some(kernel.into()),
             firmware: None,
             initrd: None,
-            cmdline: String::new(),
+            cmdline: None,
             vcpus: one(),
             memory: MemorySize::default(),
             readiness: Readiness::None,
@@ -77,6 +81,7 @@ impl From<CreateInstance> for CreateRequest {
         Self {
             name: asked.name,
             hypervisor: asked.hypervisor,
+            image: asked.image,
             kernel: asked.kernel,
             firmware: asked.firmware,
             initrd: asked.initrd,
@@ -86,6 +91,33 @@ impl From<CreateInstance> for CreateRequest {
             readiness: asked.readiness,
             labels: asked.labels,
             start: asked.start,
+        }
+    }
+}
+
+/// The body of `POST /images`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddImage {
+    /// A name that no other image has.
+    pub name: ImageName,
+    /// Absolute path of the kernel, as the server sees it. It is copied.
+    pub kernel: PathBuf,
+    /// Absolute path of the initial RAM disk, as the server sees it. It is copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, for instances that do not have their own; empty when absent.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+impl From<AddImage> for ImageRequest {
+    fn from(asked: AddImage) -> Self {
+        Self {
+            name: asked.name,
+            kernel: asked.kernel,
+            initrd: asked.initrd,
+            cmdline: asked.cmdline,
         }
     }
 }

@@ -8,7 +8,7 @@ use stencil_engine::Engine;
 
 use crate::closing::Closing;
 use crate::error::ApiError;
-use crate::handlers::{console, forks, instances, lifecycle, service, wait};
+use crate::handlers::{console, forks, images, instances, lifecycle, service, wait};
 use crate::log;
 
 /// What handlers work with.
@@ -36,6 +36,8 @@ pub(crate) fn router(app: App) -> Router {
         .route("/health", get(service::health))
         .route("/version", get(service::version))
         .route("/hypervisors", get(service::hypervisors))
+        .route("/images", get(images::list).post(images::add))
+        .route("/images/{name}", get(images::get).delete(images::remove))
         .route("/instances", get(instances::list).post(instances::create))
         .route(
             "/instances/{id}",

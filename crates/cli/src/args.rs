@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use stencil_api::memory_size::MemorySize;
 use stencil_api::timeout::Timeout;
-use stencil_core::{HypervisorName, InstanceName, MemoryMode, State};
+use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryMode, State};
 
 /// Manages virtual machines that can be forked: warm one up, make it a template, and stamp out forks that go on from it
 #[derive(Debug, Parser)]
@@ -80,6 +80,9 @@ pub(crate) enum ClientCommand {
     Console(Console),
     /// Wait until an instance is in a state
     Wait(Wait),
+    /// Keep what instances are made of, by name
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Show the versions of this program and of the server
     Version,
 }
@@ -147,18 +150,21 @@ pub(crate) struct Arm {
 pub(crate) struct Create {
     /// Its name [default: made up]
     pub(crate) name: Option<InstanceName>,
+    /// The image that it boots from, instead of --kernel and --initrd
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "initrd"])]
+    pub(crate) image: Option<ImageName>,
     /// The kernel: an ELF with a PVH note, or a bzImage
-    #[arg(long, value_name = "PATH", required_unless_present = "firmware")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["image", "firmware"])]
     pub(crate) kernel: Option<PathBuf>,
     /// The firmware to start instead of a kernel
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["image", "kernel", "initrd", "cmdline"])]
     pub(crate) firmware: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line
-    #[arg(long, default_value = "", hide_default_value = true)]
-    pub(crate) cmdline: String,
+    /// The kernel's command line [default: the image's]
+    #[arg(long)]
+    pub(crate) cmdline: Option<String>,
     /// How many vCPUs
     #[arg(long, default_value_t = 1)]
     pub(crate) vcpus: u32,
@@ -183,6 +189,40 @@ pub(crate) struct Create {
     /// Wait until it is Running, for at most 30 s
     #[arg(long)]
     pub(crate) wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Take a kernel and what goes with it into the data directory
+    Add(AddImage),
+    /// List images
+    Ls,
+    /// Show one image
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Remove images that no instance was made of
+    Rm {
+        /// Their names
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AddImage {
+    /// Its name
+    pub(crate) name: ImageName,
+    /// The kernel: an ELF with a PVH note, or a bzImage
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: PathBuf,
+    /// The initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line, for instances that are made without one
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(crate) cmdline: String,
 }
 
 #[derive(Debug, clap::Args)]

@@ -2,6 +2,7 @@
 
 mod console;
 mod forks;
+mod images;
 mod instances;
 
 use std::path::PathBuf;
@@ -52,7 +53,39 @@ async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result
         }
         ClientCommand::Fork(asked) => forks::fork(asked, client, reader).await,
         ClientCommand::Console(asked) => console::console(asked, client).await,
+        ClientCommand::Image(asked) => images::run(asked, client, reader).await,
         ClientCommand::Version => version(client, reader).await,
+    }
+}
+
+/// Deletes one after the other, and goes on after one that is refused.
+async fn delete_each(
+    names: &[String],
+    reader: Reader,
+    delete: impl AsyncFn(&str) -> Result<(), ClientError>,
+) -> Result<(), Failure> {
+    let mut failed = Vec::new();
+    for name in names {
+        match delete(name).await {
+            Ok(()) => {
+                if let Reader::Person = reader {
+                    crate::output::write(format!("{name} is deleted\n").as_bytes())?;
+                }
+            }
+            Err(error) => failed.push((name, Failure::from(error))),
+        }
+    }
+    let count = failed.len();
+    match (failed.pop(), names.len()) {
+        (None, _) => Ok(()),
+        (Some((_, only)), 1) => Err(only),
+        (Some(last), all) => {
+            failed.push(last);
+            for (name, failure) in &failed {
+                eprintln!("error: {name}: {}", failure.sentence());
+            }
+            Err(Failure::SomeFailed { failed: count, all })
+        }
     }
 }
 

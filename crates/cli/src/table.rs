@@ -1,5 +1,7 @@
 //! What people are shown: aligned columns without lines, and sentences.
 
+mod images;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -11,6 +13,8 @@ use stencil_api::reply::{Agent, AgentStatus, ForkList, ForkOutcome, Instance, Me
 use stencil_core::Readiness;
 
 use crate::doctor::{Diagnosis, Mark};
+
+pub(crate) use images::{image, images};
 
 /// What stands where there is nothing to tell.
 const NOTHING_TO_TELL: &str = "-";
@@ -98,6 +102,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
     );
     line("vcpus", instance.vcpus.map(|vcpus| vcpus.to_string()));
     line("memory", instance.memory.map(bytes));
+    line("image", instance.image.as_ref().map(ToString::to_string));
     line(
         "kernel",
         instance

@@ -10,18 +10,22 @@
 //! <data>/instances/.new-<id>/       being made, or left by a crash
 //! <data>/instances/.del-<id>/       being removed, or left by a crash
 //! <data>/templates/<id>/hot-pages
+//! <data>/images/<name>/image.json  kernel  initrd
+//! <data>/images/.new-<number>/      being made, or left by a crash
+//! <data>/images/.del-<number>/      being removed, or left by a crash
 //! ```
 
 use std::path::{Path, PathBuf};
 
 use crate::id::InstanceId;
+use crate::image::ImageName;
 
 /// The most bytes of a Unix socket's path: `sun_path` has 108, of which the last is a NUL (unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;
 
-/// The prefix of an instance's directory while it is being made.
+/// The prefix of the directory of an instance or image while it is being made.
 pub(crate) const NEW_PREFIX: &str = ".new-";
-/// The prefix of an instance's directory while it is being removed.
+/// The same while it is being removed.
 pub(crate) const DEL_PREFIX: &str = ".del-";
 /// The prefix of a file that is being written, before it takes its name.
 pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
@@ -65,6 +69,18 @@ impl DataDir {
     #[must_use]
     pub fn templates(&self) -> PathBuf {
         self.0.join("templates")
+    }
+
+    /// The directory of all images.
+    #[must_use]
+    pub fn images(&self) -> PathBuf {
+        self.0.join("images")
+    }
+
+    /// The directory of one image.
+    #[must_use]
+    pub fn image(&self, name: &ImageName) -> ImageDir {
+        ImageDir::new(self.images().join(name.as_str()))
     }
 
     /// The directory of one instance.
@@ -226,5 +242,44 @@ impl SnapshotDir {
     #[must_use]
     pub fn memory_ranges(&self) -> PathBuf {
         self.0.join(Self::MEMORY_RANGES)
+    }
+}
+
+/// The directory of one image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageDir(PathBuf);
+
+impl ImageDir {
+    /// The name of the kernel in it.
+    pub const KERNEL: &str = "kernel";
+    /// The name of the initial ramdisk in it.
+    pub const INITRD: &str = "initrd";
+
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The image's record.
+    #[must_use]
+    pub fn record(&self) -> PathBuf {
+        self.0.join("image.json")
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.0.join(Self::KERNEL)
+    }
+
+    /// The initial ramdisk, if it has one.
+    #[must_use]
+    pub fn initrd(&self) -> PathBuf {
+        self.0.join(Self::INITRD)
     }
 }

@@ -7,6 +7,7 @@
 //! | [`observe`] | facts in, state out |
 //! | [`rules`] | an operation and a state in, a decision or a typed refusal out |
 //! | [`metadata`], [`manifest`] | what is recorded of an instance and of its snapshot |
+//! | [`image`] | the files that instances are made of, and what is recorded of them |
 //! | [`id`], [`name`], [`generation`], [`hypervisor`] | checked types for what is otherwise a string |
 //! | [`layout`] | where everything lies below the data directory |
 //! | [`store`] | reads and writes it, so that a crash leaves each instance before or after the operation |
@@ -47,6 +48,7 @@ mod error_chain;
 pub mod generation;
 pub mod hypervisor;
 pub mod id;
+pub mod image;
 pub mod layout;
 pub mod manifest;
 pub mod metadata;
@@ -61,12 +63,15 @@ pub use error_chain::error_chain;
 pub use generation::{EpochId, GenerationError, MemoryGeneration, VmGeneration};
 pub use hypervisor::{HypervisorName, HypervisorNameError};
 pub use id::{InstanceId, InstanceIdError};
-pub use layout::{DataDir, InstanceDir, SnapshotDir};
+pub use image::{Image, ImageFile, ImageName, ImageUser};
+pub use layout::{DataDir, ImageDir, InstanceDir, SnapshotDir};
 pub use manifest::SnapshotManifest;
 pub use metadata::{Epoch, EpochKind, MemoryMode, Metadata, ProcessIdentity, Readiness, VmSpec, VmmRecord};
 pub use name::{InstanceName, NameError};
 pub use observe::{GuestEnd, Observed, SnapshotFacts, VmPhase, VmmFacts};
 pub use rules::{Decision, ForkFrom, ForkPlan, ForkRequest, LiveFork, Operation, Refusal};
 pub use state::State;
-pub use store::{Durability, NewInstance, Scanned, Store, StoreError, UnreadableCause};
+pub use store::{
+    Durability, NewImage, NewInstance, Scanned, ScannedImage, Store, StoreError, UnreadableCause,
+};
 pub use versioned::FormatError;

@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use crate::generation::{EpochId, VmGeneration};
 use crate::hypervisor::HypervisorName;
 use crate::id::InstanceId;
+use crate::image::ImageName;
 use crate::name::InstanceName;
 use crate::versioned::{self, FormatError};
 
@@ -113,6 +114,9 @@ impl Metadata {
 pub struct VmSpec {
     /// Which backend runs it.
     pub hypervisor: HypervisorName,
+    /// The image that it was made of, whose files the paths below then name. It stays as long as a record names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageName>,
     /// The kernel to boot; absolute. Either this or `firmware` is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -141,11 +145,12 @@ pub struct VmSpec {
 }
 
 impl VmSpec {
-    /// A machine that boots a kernel with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
+    /// A machine of no image that boots a kernel with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
     #[must_use]
     pub fn new(hypervisor: HypervisorName, kernel: PathBuf, vcpus: u32, memory_bytes: u64) -> Self {
         Self {
             hypervisor,
+            image: None,
             kernel: Some(kernel),
             firmware: None,
             initrd: None,

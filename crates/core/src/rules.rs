@@ -31,6 +31,7 @@ use crate::state::State;
 
 pub use fork::{ForkFrom, ForkPlan, ForkRequest, fork, fork_metadata};
 pub use refusal::Refusal;
+pub(crate) use refusal::some_of;
 
 /// What can be asked of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -6,6 +6,7 @@
 //!   has its metadata.
 //! - An instance is removed by one rename to `.del-<id>`; taking that apart is clean-up.
 //! - Metadata is replaced by one rename (`atomic`).
+//! - An image is made and removed likewise ([`NewImage`]), and stays as long as a record names it.
 //! - A snapshot exists from the rename of its manifest, which comes last, to that file's removal, which comes first.
 //!
 //! What is left over is found by [`Store::leftovers`] when a server starts, and swept.
@@ -15,6 +16,8 @@
 mod atomic;
 mod error;
 mod hot_pages;
+mod images;
+mod leftovers;
 mod lock;
 mod new_instance;
 mod snapshot;
@@ -26,7 +29,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::id::InstanceId;
-use crate::layout::{DEL_PREFIX, DataDir, InstanceDir, MAX_SOCKET_PATH, NEW_PREFIX, TEMPORARY_PREFIX};
+use crate::layout::{DataDir, MAX_SOCKET_PATH};
 use crate::metadata::Metadata;
 use crate::rules::LiveFork;
 
@@ -34,6 +37,7 @@ use error::IoContext;
 use lock::Lock;
 
 pub use error::{StoreError, UnreadableCause};
+pub use images::{NewImage, ScannedImage};
 pub use new_instance::NewInstance;
 
 /// What a write must survive.
@@ -58,6 +62,7 @@ pub struct Scanned {
 #[derive(Debug)]
 pub struct Store {
     data: DataDir,
+    image_lock: images::Lock,
     _lock: Lock,
 }
 
@@ -77,7 +82,12 @@ impl Store {
         let lock = Lock::take(&data)?;
         atomic::create_dir_all(&data.instances())?;
         atomic::create_dir_all(&data.templates())?;
-        Ok(Self { data, _lock: lock })
+        atomic::create_dir_all(&data.images())?;
+        Ok(Self {
+            data,
+            image_lock: images::Lock::default(),
+            _lock: lock,
+        })
     }
 
     /// Where everything lies.
@@ -91,7 +101,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], also where this id is being made already.
     pub fn begin(&self, id: InstanceId) -> Result<NewInstance, StoreError> {
-        NewInstance::begin(&self.data, id)
+        NewInstance::begin(&self.data, &self.image_lock, id)
     }
 
     /// Reads the record of an instance.
@@ -166,26 +176,37 @@ impl Store {
     /// removed; [`StoreError::Io`].
     pub fn live_forks(&self, template: &InstanceId) -> Result<Vec<LiveFork>, StoreError> {
         let mut forks = Vec::new();
+        // No instance is a fork of its own, so its record need not be readable for this.
+        self.visit_records(Some(template), |metadata| {
+            if metadata.fork_of_template == Some(*template) {
+                forks.push(LiveFork {
+                    id: metadata.id,
+                    name: metadata.name,
+                });
+            }
+        })?;
+        Ok(forks)
+    }
+
+    /// Shows the record of every instance but one. One that cannot be read is an error, and so is what is no instance: a
+    /// decision relies on having seen all.
+    fn visit_records(
+        &self,
+        but: Option<&InstanceId>,
+        mut visit: impl FnMut(Metadata),
+    ) -> Result<(), StoreError> {
         for Entry { path, id } in self.entries()? {
             let Some(id) = id else {
                 return Err(StoreError::NotAnInstance { path });
             };
-            // No instance is a fork of its own, so its record need not be readable for this.
-            if id == *template {
+            if but == Some(&id) {
                 continue;
             }
-            let Some(scanned) = self.scan_one(id) else {
-                continue;
-            };
-            let metadata = scanned.metadata?;
-            if metadata.fork_of_template == Some(*template) {
-                forks.push(LiveFork {
-                    id,
-                    name: metadata.name,
-                });
+            if let Some(scanned) = self.scan_one(id) {
+                visit(scanned.metadata?);
             }
         }
-        Ok(forks)
+        Ok(())
     }
 
     /// Removes an instance, whether its record can be read or not, and what is kept for it as a template.
@@ -206,57 +227,6 @@ impl Store {
         }
         atomic::sync_dir(&self.data.instances())?;
         self.sweep(&deleted)
-    }
-
-    /// Finds what a crash left: `.new-*` and `.del-*` directories, and files that did not take their name.
-    ///
-    /// To be asked when a server starts: later it also finds what is being made.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`] if the directory of instances cannot be read.
-    pub fn leftovers(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let instances = self.data.instances();
-        let mut found = Vec::new();
-        for path in atomic::list(&instances)? {
-            if self.is_leftover(&path) {
-                found.push(path);
-            } else {
-                let snapshot = InstanceDir::new(&path).snapshot();
-                for dir in [path.as_path(), snapshot.path()] {
-                    // One that cannot be read keeps what is left over in it, and keeps no server from starting.
-                    let inside = atomic::list(dir).unwrap_or_default();
-                    found.extend(inside.into_iter().filter(|path| self.is_leftover(path)));
-                }
-            }
-        }
-        found.sort_unstable();
-        Ok(found)
-    }
-
-    /// Removes what [`Store::leftovers`] found.
-    ///
-    /// # Errors
-    /// [`StoreError::NotALeftover`] for any other path; [`StoreError::Io`].
-    pub fn sweep(&self, leftover: &Path) -> Result<(), StoreError> {
-        if !self.is_leftover(leftover) {
-            return Err(StoreError::NotALeftover {
-                path: leftover.to_owned(),
-            });
-        }
-        // First what is kept elsewhere for a removed template: as long as its directory is here, it is found again.
-        if let Some(id) = name_of(leftover).and_then(|name| name.strip_prefix(DEL_PREFIX)?.parse().ok()) {
-            atomic::remove_all(&self.data.template(&id))?;
-        }
-        atomic::remove_all(leftover)
-    }
-
-    fn is_leftover(&self, path: &Path) -> bool {
-        let Some(name) = name_of(path) else { return false };
-        if name.starts_with(TEMPORARY_PREFIX) {
-            return path.starts_with(self.data.instances());
-        }
-        (name.starts_with(NEW_PREFIX) || name.starts_with(DEL_PREFIX))
-            && path.parent() == Some(&self.data.instances())
     }
 
     /// What lies in the directory of instances, sorted; names that begin with a dot are no instances.

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use stencil_core::rules::{ForkFrom, ForkPlan};
@@ -50,12 +50,14 @@ impl Engine {
                 "readiness is agent; {hypervisor} gives its guests no port for one: take a hypervisor that does, or readiness.console"
             ));
         }
+        let boot = self.boot_files(request)?;
         let spec = VmSpec {
             hypervisor: hypervisor.clone(),
-            kernel: request.kernel.clone(),
-            firmware: request.firmware.clone(),
-            initrd: request.initrd.clone(),
-            cmdline: request.cmdline.clone(),
+            image: request.image.clone(),
+            kernel: boot.kernel,
+            firmware: boot.firmware,
+            initrd: boot.initrd,
+            cmdline: boot.cmdline,
             vcpus: request.vcpus,
             memory_bytes: request.memory_bytes,
             readiness: request.readiness.clone(),
@@ -67,6 +69,31 @@ impl Engine {
         }
         check_boot_files(&spec)?;
         Ok(spec)
+    }
+
+    /// What it boots: its image's files, or those that are named one by one.
+    fn boot_files(&self, request: &CreateRequest) -> Result<BootFiles, EngineError> {
+        match (&request.image, &request.kernel, &request.firmware) {
+            (Some(name), None, None) if request.initrd.is_none() => {
+                let image = self.inner.store.image(name)?;
+                let dir = self.inner.store.data().image(name);
+                Ok(BootFiles {
+                    kernel: Some(dir.kernel()),
+                    firmware: None,
+                    initrd: image.initrd.map(|_| dir.initrd()),
+                    cmdline: request.cmdline.clone().unwrap_or(image.cmdline),
+                })
+            }
+            (Some(_), ..) => {
+                invalid("an image has its own kernel and initrd; give image, or kernel and perhaps initrd")
+            }
+            (None, ..) => Ok(BootFiles {
+                kernel: request.kernel.clone(),
+                firmware: request.firmware.clone(),
+                initrd: request.initrd.clone(),
+                cmdline: request.cmdline.clone().unwrap_or_default(),
+            }),
+        }
     }
 
     /// Promises those of `count` forks that are not `armed` what they need of this host, before any is begun. Those that
@@ -130,6 +157,13 @@ impl Engine {
     }
 }
 
+struct BootFiles {
+    kernel: Option<PathBuf>,
+    firmware: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+}
+
 /// What a file takes on disk in bytes, holes left out; 0 if it is not there, which others will tell.
 fn allocated_bytes(path: &Path) -> u64 {
     // st_blocks counts in 512 bytes whatever the file system's blocks are (stat(2)).
@@ -164,18 +198,13 @@ pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
     let (field, path) = match (&spec.kernel, &spec.firmware) {
         (Some(kernel), None) => ("kernel", kernel),
         (None, Some(firmware)) => ("firmware", firmware),
-        (None, None) => return invalid("neither kernel nor firmware is given; it takes one of them"),
+        (None, None) => return invalid("there is nothing to boot; give image, kernel or firmware"),
         (Some(_), Some(_)) => return invalid("kernel and firmware are both given; it takes one of them"),
     };
     if spec.firmware.is_some() && (spec.initrd.is_some() || !spec.cmdline.is_empty()) {
         return invalid("initrd and cmdline are a kernel's; firmware finds by itself what it boots");
     }
-    if let Err(why) = kernel::check(&open(field, path)?) {
-        return invalid(format!(
-            "{field} `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",
-            path.display()
-        ));
-    }
+    check_kernel(field, &open(field, path)?, path)?;
     spec.initrd
         .as_deref()
         .map(|initrd| open("initrd", initrd))
@@ -183,8 +212,18 @@ pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// That this file, which the client knows as `path`, can be booted.
+pub(crate) fn check_kernel(field: &str, file: &File, path: &Path) -> Result<(), EngineError> {
+    kernel::check(file).or_else(|why| {
+        invalid(format!(
+            "{field} `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",
+            path.display()
+        ))
+    })
+}
+
 /// Opens a file that the request names. Its path is the client's own, so the message may repeat it.
-fn open(field: &str, path: &Path) -> Result<File, EngineError> {
+pub(crate) fn open(field: &str, path: &Path) -> Result<File, EngineError> {
     let shown = path.display();
     if !path.is_absolute() {
         return invalid(format!(

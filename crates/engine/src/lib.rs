@@ -13,6 +13,7 @@
 //! | `registry`, `names`, `running` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
+//! | `images` | what instances are made of, kept by name |
 //! | `fork_base`, `prepare`, `begin` | a fork's hops: its source under its lock, up to its first instruction, and from there on |
 //! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
@@ -67,6 +68,7 @@ mod fork_base;
 mod host;
 mod hot_list;
 mod hot_pages;
+mod images;
 mod instance;
 mod kernel;
 mod lifecycle;
@@ -96,7 +98,7 @@ pub use error::EngineError;
 pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
 pub use instance::{Armed, Instance, Timings};
 pub use limits::{Resource, Shortage};
-pub use requests::{CreateRequest, Filter, ForksRequest};
+pub use requests::{CreateRequest, Filter, ForksRequest, ImageRequest};
 pub use stencil_agent::{End, Exec, ExecError, Output, TtySize, VERSION as AGENT_PROTOCOL};
 pub use stencil_core::rules::ForkRequest;
 pub use wait::WaitOutcome;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use stencil_core::{HypervisorName, InstanceName, Readiness, State};
+use stencil_core::{HypervisorName, ImageName, InstanceName, Readiness, State};
 
 use crate::ForkRequest;
 
@@ -14,14 +14,16 @@ pub struct CreateRequest {
     pub name: Option<InstanceName>,
     /// Which hypervisor, such as `microvm`.
     pub hypervisor: HypervisorName,
-    /// Absolute path of an ELF with a PVH note or of a bzImage. Either this or `firmware` is given.
+    /// The image that it boots from. Without one, `kernel` is needed; with one, neither `kernel` nor `initrd` can be given.
+    pub image: Option<ImageName>,
+    /// Absolute path of an ELF with a PVH note or of a bzImage. It takes one of image, kernel and firmware.
     pub kernel: Option<PathBuf>,
     /// Absolute path of firmware that is started instead of a kernel; an ELF with a PVH note too.
     pub firmware: Option<PathBuf>,
     /// Absolute path of the initial RAM disk; only with a kernel.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line; only with a kernel.
-    pub cmdline: String,
+    /// The kernel's command line; the image's when absent, and empty without an image.
+    pub cmdline: Option<String>,
     /// vCPUs, from 1 to what the hypervisor can.
     pub vcpus: u32,
     /// Guest memory in bytes: a multiple of 4096, more than 0, at most what the host has.
@@ -32,6 +34,19 @@ pub struct CreateRequest {
     pub labels: BTreeMap<String, String>,
     /// Whether it is booted too.
     pub start: bool,
+}
+
+/// A new image. [`Engine::add_image`](crate::Engine::add_image) checks it against the host.
+#[derive(Clone, Debug)]
+pub struct ImageRequest {
+    /// A name that no other image has.
+    pub name: ImageName,
+    /// Absolute path of an ELF with a PVH note or of a bzImage.
+    pub kernel: PathBuf,
+    /// Absolute path of the initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, for instances that do not have their own.
+    pub cmdline: String,
 }
 
 /// Many forks of one source.

@@ -7,6 +7,7 @@ mod agent;
 mod armed;
 mod hostile;
 mod hot_pages;
+mod images;
 mod index;
 mod scripted;
 
@@ -200,7 +201,7 @@ async fn exactly_one_of_kernel_and_firmware_is_booted() {
     );
     assert_eq!(
         why(&|request| request.kernel = None).await,
-        "neither kernel nor firmware is given; it takes one of them"
+        "there is nothing to boot; give image, kernel or firmware"
     );
     let firmware = |path: &str| {
         let path = Some(PathBuf::from(path));
@@ -219,7 +220,7 @@ async fn exactly_one_of_kernel_and_firmware_is_booted() {
     );
     let with_cmdline = |request: &mut CreateRequest| {
         request.firmware = request.kernel.take();
-        request.cmdline = "quiet".to_owned();
+        request.cmdline = Some("quiet".to_owned());
     };
     assert_eq!(
         why(&with_cmdline).await,

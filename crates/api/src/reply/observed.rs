@@ -57,6 +57,7 @@ impl From<stencil_engine::Instance> for Instance {
             hot_pages: None,
             labels: None,
             readiness: None,
+            image: None,
             kernel: None,
             firmware: None,
             created_at: None,
@@ -89,6 +90,7 @@ impl Instance {
         self.hot_pages = Some(metadata.hot_pages_path.is_some());
         self.labels = Some(spec.labels);
         self.readiness = Some(spec.readiness);
+        self.image = spec.image;
         self.kernel = spec.kernel;
         self.firmware = spec.firmware;
         self.created_at = Some(metadata.created_at);

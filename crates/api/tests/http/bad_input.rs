@@ -24,11 +24,15 @@ async fn a_request_that_is_not_as_expected_says_where_and_why() {
         ("[".repeat(60_000), "the body is no JSON object"),
         (
             "{}".to_owned(),
-            "neither kernel nor firmware is given; it takes one of them",
+            "there is nothing to boot; give image, kernel or firmware",
         ),
         (
             "{\"firmware\": \"/boot/firmware\"}".to_owned(),
             "microvm starts no firmware; give it a kernel",
+        ),
+        (
+            with("\"image\": \"debian\""),
+            "an image has its own kernel and initrd; give image, or kernel and perhaps initrd",
         ),
         (
             with("\"name\": \"web\"") + " trailing",

@@ -8,6 +8,7 @@
 )]
 
 mod bad_input;
+mod images;
 mod instances;
 mod lifetime;
 mod templates;

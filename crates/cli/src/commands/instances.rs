@@ -7,6 +7,7 @@ use stencil_api::request::{CreateInstance, ListInstances, WaitFor};
 use stencil_api::timeout::Timeout;
 use stencil_core::{Readiness, State};
 
+use super::delete_each;
 use crate::args::{Create, Ls, Rm, Wait};
 use crate::failure::Failure;
 use crate::output::Reader;
@@ -16,6 +17,7 @@ pub(super) async fn create(asked: Create, client: &Client, reader: Reader) -> Re
     let request = CreateInstance {
         name: asked.name,
         hypervisor: asked.hypervisor,
+        image: asked.image,
         kernel: asked.kernel.map(place::absolute).transpose()?,
         firmware: asked.firmware.map(place::absolute).transpose()?,
         initrd: asked.initrd.map(place::absolute).transpose()?,
@@ -56,31 +58,9 @@ pub(super) async fn list(asked: Ls, client: &Client, reader: Reader) -> Result<(
 }
 
 /// Deletes one after the other, forks before the templates that they would keep from being deleted if they are given
-/// in that order; goes on after one that is refused.
+/// in that order.
 pub(super) async fn remove(asked: Rm, client: &Client, reader: Reader) -> Result<(), Failure> {
-    let mut failed = Vec::new();
-    for id in &asked.ids {
-        match client.delete(id).await {
-            Ok(()) => {
-                if let Reader::Person = reader {
-                    crate::output::write(format!("{id} is deleted\n").as_bytes())?;
-                }
-            }
-            Err(error) => failed.push((id, Failure::from(error))),
-        }
-    }
-    let count = failed.len();
-    match (failed.pop(), asked.ids.len()) {
-        (None, _) => Ok(()),
-        (Some((_, only)), 1) => Err(only),
-        (Some(last), all) => {
-            failed.push(last);
-            for (id, failure) in &failed {
-                eprintln!("error: {id}: {}", failure.sentence());
-            }
-            Err(Failure::SomeFailed { failed: count, all })
-        }
-    }
+    delete_each(&asked.ids, reader, async |id| client.delete(id).await).await
 }
 
 pub(super) async fn wait(asked: Wait, client: &Client, reader: Reader) -> Result<(), Failure> {

@@ -49,6 +49,42 @@ fn an_instance_is_made_listed_shown_and_deleted() {
 }
 
 #[test]
+fn an_image_is_added_used_and_removed_when_nobody_uses_it_any_more() {
+    let server = Server::start();
+    let added = server.run(&[
+        "image",
+        "add",
+        "debian",
+        "--kernel",
+        "guest.elf",
+        "--cmdline",
+        "quiet",
+    ]);
+    assert_eq!(added.code, 0, "{added:?}");
+    assert!(added.stdout.starts_with("name     debian\n"), "{}", added.stdout);
+    let listed = server.run(&["image", "ls"]);
+    assert!(listed.stdout.contains("\ndebian  "), "{}", listed.stdout);
+    let digest = server.run(&["image", "show", "debian", "--json"]).json()["kernel"]["sha256"].clone();
+    assert_eq!(digest.as_str().unwrap().len(), 64);
+
+    let created = server.run(&["create", "web", "--image", "debian", "--no-start"]);
+    assert_eq!(created.code, 0, "{created:?}");
+    assert_eq!(server.run(&["show", "web", "--json"]).json()["image"], "debian");
+    let refused = server.run(&["image", "rm", "debian"]);
+    assert_eq!(refused.code, 1);
+    assert_eq!(
+        refused.stderr,
+        "error: cannot remove image debian while instances were made of it: delete web first [image_in_use]\n"
+    );
+    server.run(&["rm", "web"]);
+    assert_eq!(
+        server.run(&["image", "rm", "debian"]).stdout,
+        "debian is deleted\n"
+    );
+    assert_eq!(server.run(&["image", "ls"]).stdout, "no images\n");
+}
+
+#[test]
 fn programs_get_the_json_of_the_api() {
     let server = Server::start();
     server.create("web");

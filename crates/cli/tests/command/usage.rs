@@ -14,6 +14,10 @@ fn what_is_not_understood_exits_with_2_and_says_why() {
             "cannot be used with",
         ),
         (
+            &["create", "--image", "debian", "--kernel", "k"],
+            "the argument '--image <NAME>' cannot be used with '--kernel <PATH>'",
+        ),
+        (
             &["create", "../x", "--kernel", "k"],
             "the name has '.' at position 1: use a-z, 0-9 and -",
         ),

@@ -106,6 +106,7 @@ pub fn fork_metadata(
 ) -> Metadata {
     let spec = VmSpec {
         hypervisor: source.spec.hypervisor.clone(),
+        image: source.spec.image.clone(),
         kernel: source.spec.kernel.clone(),
         firmware: source.spec.firmware.clone(),
         initrd: source.spec.initrd.clone(),

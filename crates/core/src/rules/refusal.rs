@@ -1,10 +1,11 @@
 //! Why an operation is refused, and what would be right.
 
+use crate::name::InstanceName;
 use crate::rules::{LiveFork, Operation};
 use crate::state::State;
 
-/// How many forks a message names; the error has them all.
-const NAMED_FORKS: usize = 5;
+/// How many instances a message names; the error has them all.
+const NAMED: usize = 5;
 
 /// An operation that is not allowed, said to the person who must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,7 +23,7 @@ pub enum Refusal {
     /// Forks of the template live, and rely on it.
     #[error(
         "cannot {operation} while forks of the template live: delete {} first",
-        named(forks)
+        some_of(forks.iter().map(|fork| &fork.name))
     )]
     TemplateInUse {
         /// What was asked.
@@ -65,19 +66,14 @@ impl Refusal {
     }
 }
 
-fn named(forks: &[LiveFork]) -> String {
-    let mut names: Vec<String> = forks
-        .iter()
-        .take(NAMED_FORKS)
-        .map(|fork| fork.name.to_string())
-        .collect();
-    match forks.len() - names.len() {
-        0 => names.join(", "),
-        more => {
-            names.push(format!("and {more} more"));
-            names.join(", ")
-        }
+/// The first names, and how many more there are.
+pub(crate) fn some_of<'a>(names: impl ExactSizeIterator<Item = &'a InstanceName>) -> String {
+    let more = names.len().saturating_sub(NAMED);
+    let mut said: Vec<String> = names.take(NAMED).map(ToString::to_string).collect();
+    if more > 0 {
+        said.push(format!("and {more} more"));
     }
+    said.join(", ")
 }
 
 fn listed(states: &[State]) -> String {

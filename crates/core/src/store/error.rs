@@ -4,6 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::id::InstanceId;
+use crate::image::{ImageName, ImageUser};
+use crate::rules::some_of;
 use crate::versioned::FormatError;
 
 /// What went wrong with the data directory.
@@ -58,6 +60,37 @@ pub enum StoreError {
     BrokenSnapshot {
         /// Its directory.
         path: PathBuf,
+        /// What is wrong, as part of a sentence.
+        reason: String,
+    },
+    /// There is no image of this name.
+    #[error("there is no image `{name}`")]
+    NoImage {
+        /// The name that was asked for.
+        name: ImageName,
+    },
+    /// There is an image of this name already.
+    #[error("the name `{name}` is taken by another image; choose another one, or remove that image first")]
+    ImageExists {
+        /// The name.
+        name: ImageName,
+    },
+    /// Instances were made of the image, and need its files.
+    #[error(
+        "cannot remove image {name} while instances were made of it: delete {} first",
+        some_of(users.iter().map(|user| &user.name))
+    )]
+    ImageInUse {
+        /// The image.
+        name: ImageName,
+        /// All of them.
+        users: Vec<ImageUser>,
+    },
+    /// There is an image of this name, and it is not what its record says.
+    #[error("image {name} cannot be used: {reason}; remove it, and add it again")]
+    BrokenImage {
+        /// The image.
+        name: ImageName,
         /// What is wrong, as part of a sentence.
         reason: String,
     },

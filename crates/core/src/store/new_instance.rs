@@ -1,13 +1,14 @@
 //! An instance that is being made: it lies in `.new-<id>`, and does not exist before it is committed.
 
 use std::fs;
+use std::sync::Arc;
 
 use crate::id::InstanceId;
 use crate::layout::{DataDir, InstanceDir, SnapshotDir};
 use crate::manifest::SnapshotManifest;
 use crate::metadata::Metadata;
 use crate::store::error::{IoContext, StoreError};
-use crate::store::{Durability, atomic, json, snapshot};
+use crate::store::{Durability, atomic, images, json, snapshot};
 
 /// An instance that is being made. Dropped without [`commit`](NewInstance::commit), it is removed.
 ///
@@ -17,16 +18,22 @@ pub struct NewInstance {
     id: InstanceId,
     dir: InstanceDir,
     data: DataDir,
+    image_lock: images::Lock,
 }
 
 impl NewInstance {
-    pub(super) fn begin(data: &DataDir, id: InstanceId) -> Result<Self, StoreError> {
+    pub(super) fn begin(
+        data: &DataDir,
+        image_lock: &images::Lock,
+        id: InstanceId,
+    ) -> Result<Self, StoreError> {
         let dir = data.new_instance(&id);
         atomic::create_dir(dir.path())?;
         Ok(Self {
             id,
             dir,
             data: data.clone(),
+            image_lock: Arc::clone(image_lock),
         })
     }
 
@@ -82,7 +89,8 @@ impl NewInstance {
     /// Writes its record and lets it exist, by one rename.
     ///
     /// # Errors
-    /// [`StoreError::WrongId`] if the record is another instance's; [`StoreError::Unwritable`]; [`StoreError::Io`].
+    /// [`StoreError::WrongId`] if the record is another instance's; [`StoreError::NoImage`] if it names an image that is not
+    /// there; [`StoreError::Unwritable`]; [`StoreError::Io`].
     /// It then does not exist.
     pub fn commit(self, metadata: &Metadata, durability: Durability) -> Result<InstanceDir, StoreError> {
         if metadata.id != self.id {
@@ -91,6 +99,10 @@ impl NewInstance {
                 found: metadata.id,
             });
         }
+        let image = metadata.spec.image.as_ref();
+        let _kept = image
+            .map(|image| images::keep(&self.image_lock, &self.data, image))
+            .transpose()?;
         atomic::replace(&self.dir.metadata(), &json(metadata)?, durability)?;
         let target = self.data.instance(&self.id);
         fs::rename(self.dir.path(), target.path()).while_trying("create", target.path())?;

@@ -3,6 +3,7 @@
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use crate::error_chain;
 use crate::id::InstanceId;
@@ -125,16 +126,20 @@ fn fault(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Option<String> {
     if let Some(fault) = manifest.fault() {
         return Some(fault);
     }
-    manifest.files.iter().find_map(
-        |(name, &size)| match fs::symlink_metadata(dir.path().join(name)) {
-            Ok(metadata) if !metadata.is_file() => Some(format!("{name} is no file")),
-            Ok(metadata) if metadata.len() != size => Some(format!(
-                "{name} has {} bytes, and its manifest says {size}",
-                metadata.len()
-            )),
-            Ok(_) => None,
-            Err(error) if error.kind() == ErrorKind::NotFound => Some(format!("{name} is missing")),
-            Err(error) => Some(format!("{name} cannot be looked at: {error}")),
-        },
-    )
+    let mut files = manifest.files.iter();
+    files.find_map(|(name, &size)| file_fault(dir.path(), name, size, "manifest"))
+}
+
+/// What is wrong with the file `name` in `dir`, which should have `size` bytes as its `record` says, if anything.
+pub(super) fn file_fault(dir: &Path, name: &str, size: u64, record: &str) -> Option<String> {
+    match fs::symlink_metadata(dir.join(name)) {
+        Ok(metadata) if !metadata.is_file() => Some(format!("{name} is no file")),
+        Ok(metadata) if metadata.len() != size => Some(format!(
+            "{name} has {} bytes, and its {record} says {size}",
+            metadata.len()
+        )),
+        Ok(_) => None,
+        Err(error) if error.kind() == ErrorKind::NotFound => Some(format!("{name} is missing")),
+        Err(error) => Some(format!("{name} cannot be looked at: {error}")),
+    }
 }

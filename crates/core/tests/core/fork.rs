@@ -234,6 +234,7 @@ fn a_fork_has_the_fields_of_the_allow_list_and_no_other() {
     assert_eq!(keys(&json), BTreeSet::from(record));
     let spec = [
         "hypervisor",
+        "image",
         "kernel",
         "firmware",
         "initrd",

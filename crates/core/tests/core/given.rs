@@ -44,6 +44,7 @@ pub(crate) fn full() -> Metadata {
         created_at: time(),
         spec: VmSpec {
             hypervisor: HYPERVISOR,
+            image: Some("debian".parse().unwrap()),
             kernel: Some("/boot/vmlinux".into()),
             firmware: Some("/boot/firmware".into()),
             initrd: Some("/boot/initrd".into()),

@@ -8,6 +8,7 @@ mod crash;
 mod docs;
 mod fork;
 mod given;
+mod images;
 mod lock;
 mod metadata;
 mod model;

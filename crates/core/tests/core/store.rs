@@ -19,8 +19,8 @@ fn opening_makes_what_is_missing_for_its_owner_alone() {
     let scratch = tempfile::tempdir().unwrap();
     let store = Store::open(&scratch.path().join("a/b")).unwrap();
     let data = store.data();
-    assert_eq!(names(data.path()), ["instances", "lock", "templates"]);
-    for dir in [data.path(), &data.instances(), &data.templates()] {
+    assert_eq!(names(data.path()), ["images", "instances", "lock", "templates"]);
+    for dir in [data.path(), &data.images(), &data.instances(), &data.templates()] {
         assert_eq!(mode(dir), 0o700, "{}", dir.display());
     }
     assert_eq!(mode(&data.lock()), 0o600);
@@ -159,6 +159,7 @@ fn a_write_replaces_the_record_and_leaves_nothing_else() {
         id: InstanceId::generate(),
         ..given::full()
     };
+    metadata.spec.image = None;
     let dir = given::instance(&store, &metadata);
     for (vcpus, durability) in [(3, Durability::Renamed), (4, Durability::Synced)] {
         metadata.spec.vcpus = vcpus;
