@@ -4,7 +4,7 @@
 //! <data>/lock                       one server per data directory
 //! <data>/stencil.sock               the server's default socket
 //! <data>/instances/<id>/metadata.json
-//!                       vmm.sock  console.sock or console.tty  agent.sock  console.log  vmm.log
+//!                       vmm.sock  console.sock or console.tty  agent.sock or vsock.sock  console.log  vmm.log
 //!                       snapshot/manifest.json      written last
 //!                                config.json  state.json  memory-ranges
 //! <data>/instances/.new-<id>/       being made, or left by a crash
@@ -121,6 +121,8 @@ impl InstanceDir {
 
     /// The name of the socket in it that leads to the agent in its guest, for the same use.
     pub const AGENT_SOCKET: &str = "agent.sock";
+    /// The name of the socket in it that leads to the vsock ports of its guest, for the same use.
+    pub const VSOCK_SOCKET: &str = "vsock.sock";
 
     /// The name under which its VMM leaves the hot pages that it recorded, for the same use.
     pub const RECORDED_HOT_PAGES: &str = "hot-pages";
@@ -172,6 +174,12 @@ impl InstanceDir {
     #[must_use]
     pub fn console_terminal(&self) -> PathBuf {
         self.0.join("console.tty")
+    }
+
+    /// The socket that leads to the vsock ports of its guest, where the VMM reaches the agent by one.
+    #[must_use]
+    pub fn vsock_socket(&self) -> PathBuf {
+        self.0.join(Self::VSOCK_SOCKET)
     }
 
     /// The hot pages that its VMM recorded, until its template has them.

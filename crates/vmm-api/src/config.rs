@@ -18,6 +18,9 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     /// The virtio console; Stencil turns it off.
     pub console: ConsoleConfig,
+    /// The vsock device; the microVM has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// *Extension.* The VM generation id that the guest has when it boots, 32 hexadecimal digits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<String>,
@@ -95,6 +98,16 @@ pub struct PayloadConfig {
     /// The kernel's command line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+}
+
+/// A vsock device, by which programs on the host reach ports of the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VsockConfig {
+    /// The guest's address, from 3.
+    pub cid: u32,
+    /// The Unix socket that the VMM listens on; a relative path is relative to its working directory.
+    pub socket: String,
 }
 
 /// Where the serial port goes.

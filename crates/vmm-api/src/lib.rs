@@ -31,7 +31,7 @@ mod request;
 
 pub use config::{
     ConsoleConfig, ConsoleMode, CpusConfig, MemoryConfig, MemoryZoneConfig, PayloadConfig, SerialConfig,
-    SerialMode, VmConfig,
+    SerialMode, VmConfig, VsockConfig,
 };
 pub use error::ErrorBody;
 pub use reply::{PingReply, VmCounters, VmEnd, VmEndKind, VmInfo, VmState};

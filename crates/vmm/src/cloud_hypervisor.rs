@@ -4,6 +4,7 @@
 //!   <instance>/vmm.sock      bound here and inherited: `--api-socket fd=N`, so it makes no `.lock`
 //!              console.log   its standard output: the guest's serial port in mode `Tty`, appended
 //!              console.tty   leads to the terminal that is its standard input: what the serial port reads
+//!              vsock.sock    bound by it: leads to the vsock ports of the guest, one of which is the agent's
 //!              vmm.log       its standard error: what it says of itself
 //!              restoring/    while a VM is restored: the snapshot's files, rewritten for this instance
 //! ```
@@ -16,6 +17,7 @@
 //!
 //! Its guests are not told their generation: it has no device for that.
 
+mod agent;
 mod fork_plan;
 mod lazy;
 mod prefetch;
@@ -33,7 +35,7 @@ use stencil_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
-use crate::process::{Launch, Session, Streams};
+use crate::process::{Launch, Session, Streams, remove_socket};
 use crate::rest::{absolute, file_url};
 use crate::{
     Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
@@ -117,7 +119,7 @@ impl Hypervisor for CloudHypervisor {
             firmware: true,
             console_input: true,
             tells_identity: false,
-            agent: false,
+            agent: true,
             outlives_guest: false,
         }
     }
@@ -141,6 +143,9 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
+        // It binds this one itself, and cannot where a VMM that was killed has left it.
+        let stale = dir.vsock_socket();
+        remove_socket(&stale).map_err(|source| VmmError::Prepare { path: stale, source })?;
         let launch = Launch {
             binary: self.binary.clone(),
             streams: Streams::Console,
@@ -230,8 +235,8 @@ impl Hypervisor for CloudHypervisor {
         Ok(PageCounters::new())
     }
 
-    async fn connect_agent(&self, _dir: &InstanceDir) -> Result<UnixStream, VmmError> {
-        Err(VmmError::NoAgentPort { name: NAME })
+    async fn connect_agent(&self, dir: &InstanceDir) -> Result<UnixStream, VmmError> {
+        agent::connect(dir).await
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
@@ -254,6 +259,7 @@ fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
             mode: SerialMode::Tty,
             ..SerialConfig::default()
         },
+        vsock: Some(agent::vsock()),
         ..rest::vm_config(spec)?
     })
 }

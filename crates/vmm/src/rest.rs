@@ -65,7 +65,12 @@ pub(crate) async fn stop(dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, Vm
         Some(exit) => exit,
         None => vmm.terminate().await?,
     };
-    for socket in [dir.vmm_socket(), dir.console_socket(), dir.console_terminal()] {
+    for socket in [
+        dir.vmm_socket(),
+        dir.console_socket(),
+        dir.console_terminal(),
+        dir.vsock_socket(),
+    ] {
         process::remove_socket(&socket).map_err(|source| VmmError::Prepare { path: socket, source })?;
     }
     Ok(exit)

@@ -13,8 +13,6 @@ use crate::rest::absolute;
 
 /// Name of the directory in the instance's. It is there while the VM is restored, and no longer.
 const NAME: &str = "restoring";
-/// Name of the vsock device's socket; relative, so that it is in the VMM's working directory.
-const VSOCK_SOCKET: &str = "vsock.sock";
 
 /// The directory; removed when this is dropped.
 #[derive(Debug)]
@@ -34,7 +32,7 @@ impl RestoreDir {
         let plan = ForkPlan {
             map: map.then_some(memory_path.as_str()),
             memory_bytes,
-            vsock_socket: VSOCK_SOCKET,
+            vsock_socket: InstanceDir::VSOCK_SOCKET,
             disks: [].into(),
             taps: [].into(),
         };

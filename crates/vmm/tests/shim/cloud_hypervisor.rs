@@ -203,7 +203,7 @@ async fn forks_go_on_from_the_snapshot_in_each_memory_mode_and_leave_it_as_it_is
         assert_eq!(world.phase(&dir).await, VmPhase::Paused);
         assert_eq!(
             left_in(&dir),
-            ["console.log", "console.tty", "vmm.log", "vmm.sock"]
+            ["console.log", "console.tty", "vmm.log", "vmm.sock", "vsock.sock"]
         );
         world.vmm.resume(&dir).await.unwrap();
         assert_eq!(printed(&dir), line);
@@ -353,10 +353,18 @@ async fn it_runs_in_a_session_of_its_own_and_in_its_instance_s_directory() {
 async fn a_lock_and_a_socket_that_a_killed_vmm_left_are_no_obstacle() {
     let world = World::new();
     let dir = world.instance("vm");
-    drop(std::os::unix::net::UnixListener::bind(dir.vmm_socket()).unwrap());
+    for socket in [dir.vmm_socket(), dir.vsock_socket()] {
+        drop(std::os::unix::net::UnixListener::bind(socket).unwrap());
+    }
     fs::write(dir.path().join("vmm.sock.lock"), "").unwrap();
     let _process = world.spawn(&dir).await;
     assert_eq!(world.phase(&dir).await, VmPhase::Undefined);
+    world
+        .vmm
+        .create(&dir, &spec(), &VmGeneration::random())
+        .await
+        .unwrap();
+    world.vmm.boot(&dir).await.unwrap();
 }
 
 #[tokio::test]
@@ -376,14 +384,6 @@ async fn it_counts_no_pages() {
     let world = World::new();
     let dir = world.instance("vm");
     assert!(world.vmm.page_counters(&dir).await.unwrap().is_empty());
-}
-
-#[tokio::test]
-async fn its_guests_have_no_port_for_an_agent() {
-    let world = World::new();
-    let dir = world.instance("vm");
-    let refused = world.vmm.connect_agent(&dir).await.unwrap_err();
-    assert!(matches!(refused, VmmError::NoAgentPort { .. }), "{refused}");
 }
 
 #[test]

@@ -167,6 +167,7 @@ impl Fake {
                 *asked = given.clone();
             }
         }
+        whole["vsock"] = config["vsock"].clone();
         self.vm = Some(Vm {
             config: whole,
             state: "Created",
@@ -181,7 +182,10 @@ impl Fake {
         match &mut self.vm {
             None => return recorded("boot-no-vm"),
             Some(vm) if vm.state != "Created" => return error("VM is already running"),
-            Some(vm) => vm.state = "Running",
+            Some(vm) => match listen_for_the_guest(&vm.config) {
+                Ok(()) => vm.state = "Running",
+                Err(refused) => return refused,
+            },
         }
         self.print("booted");
         recorded("boot")
@@ -278,6 +282,9 @@ impl Fake {
         if file.metadata().unwrap().len() < offset + size {
             return error("the memory file is too short");
         }
+        if let Err(refused) = listen_for_the_guest(&config) {
+            return refused;
+        }
         let mut counter = [0; 8];
         file.read_exact_at(&mut counter, offset).unwrap();
         self.vm = Some(Vm {
@@ -288,6 +295,34 @@ impl Fake {
             coming: if is_lazy { 3 } else { 0 },
         });
         recorded("restore")
+    }
+}
+
+/// The vsock device. In the guest somebody listens on port 1024, who says each byte back.
+fn listen_for_the_guest(config: &Value) -> Result<(), Reply> {
+    let Some(socket) = config["vsock"]["socket"].as_str() else {
+        return Ok(());
+    };
+    let listener = UnixListener::bind(socket).map_err(|_| error("the vsock's socket is there already"))?;
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            std::thread::spawn(|| serve_vsock(connection.unwrap()));
+        }
+    });
+    Ok(())
+}
+
+/// To nobody on any other port the connection is closed.
+fn serve_vsock(mut connection: UnixStream) {
+    let mut line = [0; 13];
+    connection.read_exact(&mut line).unwrap();
+    if line != *b"CONNECT 1024\n" {
+        return;
+    }
+    connection.write_all(b"OK 1073741824\nhello").unwrap();
+    let mut byte = [0];
+    while connection.read_exact(&mut byte).is_ok() {
+        connection.write_all(&byte).unwrap();
     }
 }
 

@@ -6,6 +6,7 @@
 )]
 
 mod cloud_hypervisor;
+mod cloud_hypervisor_agent;
 mod cloud_hypervisor_console;
 mod cloud_hypervisor_faults;
 mod directory;
