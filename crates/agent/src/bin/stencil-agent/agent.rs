@@ -1,27 +1,25 @@
 //! The loop of the agent, and what each message of the host does.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::WaitOptions;
-use stencil_agent::{
-    EpochId, Exec, ExecError, Frame, FrameError, MAX_SESSIONS, Nonce, Output, SessionId, ToGuest, ToHost,
-};
+use stencil_agent::{EpochId, Exec, ExecError, Frame, FrameError, Nonce, Output, SessionId, ToGuest, ToHost};
 
+use crate::button::Button;
 use crate::cgroups::{CgroupError, Cgroups};
-use crate::command::{self, NotBegun};
+use crate::command::NotBegun;
 use crate::identity::Identity;
 use crate::link::Link;
 use crate::session::Session;
+use crate::sessions::Sessions;
 use crate::signals::Signals;
 use crate::{error_chain, log};
 
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The host wants the machine off.
+    /// The host or the button wants the machine off.
     PowerOff,
     /// A signal said so.
     Signal,
@@ -32,6 +30,7 @@ pub(crate) enum Ended {
 enum Ready {
     Link,
     Signals,
+    Button,
     Input(SessionId),
     Output(SessionId, Output),
 }
@@ -41,12 +40,12 @@ enum Ready {
 pub(crate) struct Agent {
     link: Link,
     signals: Signals,
-    cgroups: Result<Cgroups, CgroupError>,
+    button: Option<Button>,
     identity: Identity,
     nonce: Nonce,
     epoch: Option<EpochId>,
     frozen: bool,
-    sessions: BTreeMap<SessionId, Session>,
+    sessions: Sessions,
     /// Rotates who is served first.
     turn: usize,
 }
@@ -58,24 +57,32 @@ impl Agent {
         cgroups: Result<Cgroups, CgroupError>,
         identity: Identity,
     ) -> Self {
-        if let Err(error) = &cgroups {
-            log(&format!("cannot freeze processes: {}", error_chain(error)));
-        }
         Self {
             link,
             signals,
-            cgroups,
+            button: None,
             identity,
             nonce: Nonce::NONE,
             epoch: None,
             frozen: false,
-            sessions: BTreeMap::new(),
+            sessions: Sessions::new(cgroups),
             turn: 0,
         }
     }
 
-    /// Serves the host until something asks for the end.
+    /// Also ends when this button is pressed.
+    pub(crate) fn with_button(self, button: Option<Button>) -> Self {
+        Self { button, ..self }
+    }
+
+    /// Serves the host until something asks for the end. The sessions end with it.
     pub(crate) fn run(&mut self) -> io::Result<Ended> {
+        let ended = self.serve();
+        self.sessions.end();
+        ended
+    }
+
+    fn serve(&mut self) -> io::Result<Ended> {
         self.say_hello(Nonce::NONE)?;
         loop {
             self.link.flush();
@@ -85,14 +92,19 @@ impl Agent {
                     Ready::Signals => {
                         let asked = self.signals.take();
                         if asked.children {
-                            self.reap();
+                            self.sessions.reap();
                         }
                         if asked.end {
                             return Ok(Ended::Signal);
                         }
                     }
+                    Ready::Button => {
+                        if self.button.as_mut().is_some_and(Button::is_pressed) {
+                            return Ok(Ended::PowerOff);
+                        }
+                    }
                     Ready::Input(session) => {
-                        if let Some(session) = self.sessions.get_mut(&session) {
+                        if let Some(session) = self.sessions.get_mut(session) {
                             session.write();
                         }
                     }
@@ -110,16 +122,6 @@ impl Agent {
         }
     }
 
-    /// Kills the commands that run, and forgets the sessions.
-    pub(crate) fn end_sessions(&mut self) {
-        for (_, session) in std::mem::take(&mut self.sessions) {
-            if session.is_running() {
-                session.kill();
-            }
-            self.release(session);
-        }
-    }
-
     /// Waits until something can be done.
     fn wait(&mut self) -> io::Result<Vec<Ready>> {
         let mut who = vec![Ready::Link, Ready::Signals];
@@ -127,8 +129,12 @@ impl Agent {
             PollFd::from_borrowed_fd(self.link.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
         ];
+        if let Some(button) = &self.button {
+            who.push(Ready::Button);
+            what.push(PollFd::from_borrowed_fd(button.as_fd(), PollFlags::IN));
+        }
         let mut deadline: Option<Instant> = None;
-        for (id, session) in &self.sessions {
+        for (id, session) in self.sessions.iter() {
             if let Some(stream) = session.writable() {
                 who.push(Ready::Input(*id));
                 what.push(PollFd::from_borrowed_fd(stream, PollFlags::OUT));
@@ -186,7 +192,7 @@ impl Agent {
         };
         if message == ToGuest::Hello && nonce != Nonce::NONE {
             if nonce != self.nonce {
-                self.end_sessions();
+                self.sessions.end();
                 self.link.forget_unwritten();
                 self.nonce = nonce;
             }
@@ -220,7 +226,7 @@ impl Agent {
             | ToGuest::Resize { session, .. }
             | ToGuest::Signal { session, .. } => {
                 // A session may end while something for it is on its way.
-                if let Some(session) = self.sessions.get_mut(&session) {
+                if let Some(session) = self.sessions.get_mut(session) {
                     direct(session, message);
                 }
             }
@@ -230,10 +236,7 @@ impl Agent {
 
     fn take_epoch(&mut self, epoch: &stencil_agent::Epoch) -> ToHost {
         let taken = self.identity.take(epoch).map_err(|error| error_chain(&error));
-        let thawed = taken.and_then(|()| match &mut self.cgroups {
-            Ok(cgroups) => cgroups.thaw().map_err(|error| error_chain(&error)),
-            Err(_) => Ok(()),
-        });
+        let thawed = taken.and_then(|()| self.sessions.thaw());
         match thawed {
             Ok(()) => {
                 self.epoch = Some(epoch.id);
@@ -249,10 +252,10 @@ impl Agent {
     }
 
     fn freeze(&mut self) -> ToHost {
-        let frozen = match &mut self.cgroups {
-            Ok(_) if self.frozen => Ok(()),
-            Ok(cgroups) => cgroups.freeze().map_err(|error| error_chain(&error)),
-            Err(error) => Err(error_chain(error)),
+        let frozen = if self.frozen {
+            Ok(())
+        } else {
+            self.sessions.freeze()
         };
         match frozen {
             Ok(()) => {
@@ -269,32 +272,7 @@ impl Agent {
             let why = "the guest is between two epochs, and runs nothing";
             return Err(NotBegun::new(ExecError::NoEpoch, why));
         }
-        if self.sessions.contains_key(&id) {
-            return Err(NotBegun::new(
-                ExecError::BadRequest,
-                "the session's number is in use",
-            ));
-        }
-        if self.sessions.len() >= MAX_SESSIONS {
-            let why = format!("{MAX_SESSIONS} sessions are running");
-            return Err(NotBegun::new(ExecError::TooManySessions, why));
-        }
-        let cgroup = self.cgroups.as_mut().ok().map(Cgroups::begin_session).transpose();
-        let cgroup = cgroup.map_err(|error| NotBegun::new(ExecError::Failed, error_chain(&error)))?;
-        match command::begin(exec, cgroup.as_deref()) {
-            Ok(begun) => {
-                let session = Session::new(exec, begun, cgroup);
-                let pid = session.pid().as_raw_nonzero().get().unsigned_abs();
-                self.sessions.insert(id, session);
-                Ok(pid)
-            }
-            Err(error) => {
-                if let (Ok(cgroups), Some(cgroup)) = (&mut self.cgroups, cgroup) {
-                    cgroups.end_session(cgroup);
-                }
-                Err(error)
-            }
-        }
+        self.sessions.begin(id, exec)
     }
 
     /// Passes on some of what a command wrote.
@@ -302,11 +280,7 @@ impl Agent {
         if !self.link.has_room() {
             return Ok(());
         }
-        let Some(bytes) = self
-            .sessions
-            .get_mut(&id)
-            .and_then(|session| session.read(stream))
-        else {
+        let Some(bytes) = self.sessions.get_mut(id).and_then(|session| session.read(stream)) else {
             return Ok(());
         };
         self.say(&ToHost::Output {
@@ -316,25 +290,11 @@ impl Agent {
         })
     }
 
-    /// Takes note of the child processes that have ended; init has some that it did not begin.
-    fn reap(&mut self) {
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            let mut sessions = self.sessions.values_mut();
-            if let Some(session) = sessions.find(|session| session.is_running() && session.pid() == pid) {
-                session.ended(status);
-            }
-        }
-        if let Ok(cgroups) = &mut self.cgroups {
-            cgroups.sweep();
-        }
-    }
-
     /// What is due for sessions without anything new: credit, time, the rest of their output, their end.
     fn look_after_sessions(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
-        for id in ids {
-            let Some(session) = self.sessions.get_mut(&id) else {
+        for id in self.sessions.ids() {
+            let Some(session) = self.sessions.get_mut(id) else {
                 continue;
             };
             session.check_time(now);
@@ -348,11 +308,9 @@ impl Agent {
 
     /// Passes on the last output of a command that has ended, and then its end.
     fn finish(&mut self, id: SessionId) -> io::Result<()> {
-        while let Some(session) = self.sessions.get(&id).filter(|session| !session.is_running()) {
+        while let Some(session) = self.sessions.get_mut(id).filter(|session| !session.is_running()) {
             if let Some(ended) = session.is_over() {
-                if let Some(session) = self.sessions.remove(&id) {
-                    self.release(session);
-                }
+                self.sessions.remove(id);
                 return self.say(&ToHost::Exited {
                     session: id,
                     end: ended.end,
@@ -370,12 +328,6 @@ impl Agent {
             }
         }
         Ok(())
-    }
-
-    fn release(&mut self, session: Session) {
-        if let (Ok(cgroups), Some(cgroup)) = (&mut self.cgroups, session.into_cgroup()) {
-            cgroups.end_session(cgroup);
-        }
     }
 }
 

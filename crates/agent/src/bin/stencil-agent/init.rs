@@ -4,18 +4,22 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::ffi::CStr;
 use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::mount::MountFlags;
+use rustix::process::WaitOptions;
 use rustix::system::RebootCommand;
 
 use crate::agent::{Agent, Ended};
-use crate::cgroups::Cgroups;
+use crate::button::Button;
 use crate::identity::Identity;
 use crate::link::Link;
 use crate::place::Place;
 use crate::signals::Signals;
-use crate::{error_chain, log, modules};
+use crate::{error_chain, join_cgroups, log, modules};
 
 /// Type, place and options of what is mounted; the source is the type.
 const MOUNTS: [(&CStr, &str, &CStr); 8] = [
@@ -28,6 +32,9 @@ const MOUNTS: [(&CStr, &str, &CStr); 8] = [
     (c"tmpfs", "/tmp", c"mode=1777"),
     (c"cgroup2", "/sys/fs/cgroup", c""),
 ];
+
+/// Processes that are asked to end have so long.
+const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// Is init until the machine is off. It never returns: when init ends, the kernel panics.
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
@@ -50,8 +57,8 @@ fn serve() -> Result<Ended, Box<dyn Error>> {
     let place = Place::await_device()?;
     log(&format!("waits for the host on {place}"));
     let identity = Identity { shared_kernel: false };
-    let mut agent = Agent::new(Link::new(place)?, signals, Cgroups::join(None), identity);
-    Ok(agent.run()?)
+    let agent = Agent::new(Link::new(place)?, signals, join_cgroups(None), identity);
+    Ok(agent.with_button(Button::find()).run()?)
 }
 
 /// Mounts a file system where there is none yet.
@@ -72,9 +79,8 @@ fn mount(kind: &CStr, place: &str, options: &CStr) {
 
 /// Ends every process and the machine. One that cannot be switched off, because it has no ACPI, is restarted: its VMM takes
 /// that for the end.
-fn power_off() -> rustix::io::Result<Infallible> {
-    // Nobody is left to be asked, so there is nothing to do about errors.
-    let _ = rustix::process::kill_current_process_group(rustix::process::Signal::TERM);
+fn power_off() -> io::Result<Infallible> {
+    end_processes()?;
     rustix::fs::sync();
     let command = if Path::new("/sys/firmware/acpi").exists() {
         RebootCommand::PowerOff
@@ -83,5 +89,33 @@ fn power_off() -> rustix::io::Result<Infallible> {
     };
     rustix::system::reboot(command)?;
     // It does not return where it succeeds.
-    Err(rustix::io::Errno::INVAL)
+    Err(ErrorKind::Other.into())
+}
+
+/// Asks all processes to end, and ends those that do not.
+fn end_processes() -> io::Result<()> {
+    let signals = Signals::block()?;
+    signal_all(libc::SIGTERM);
+    let deadline = Instant::now() + END_LIMIT;
+    // Whoever is left belongs to init, whose child it became when its parent ended.
+    while let Ok(ended) = rustix::process::wait(WaitOptions::NOHANG) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        if ended.is_none() {
+            let mut child = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
+            // An interrupted wait is looked at again.
+            let _ = rustix::event::poll(&mut child, Timespec::try_from(left).ok().as_ref());
+            signals.take();
+        }
+    }
+    signal_all(libc::SIGKILL);
+    Ok(())
+}
+
+/// Sends a signal to every process but init.
+fn signal_all(signal: i32) {
+    // SAFETY: kill touches no memory. That there is no process to get it is no error here.
+    unsafe { libc::kill(-1, signal) };
 }

@@ -8,16 +8,17 @@
 //! | `agent` | the loop, and what each message of the host does |
 //! | `link` | the stream to the host: read and written as far as it goes, never waited for |
 //! | `place` | where the host is reached: a port, vsock, a socket |
-//! | `session`, `command` | a command that runs, and how one is begun |
+//! | `sessions`, `session`, `command` | the commands that run, one of them, and how one is begun |
 //! | `cgroups` | stops, lets go and kills the user's processes |
 //! | `identity` | makes the guest the machine of an epoch |
-//! | `signals` | ends of child processes, and requests to end |
+//! | `signals`, `button` | ends of child processes, and requests to end |
 //! | `init` | what the first process of a machine has to do besides |
 //! | `modules` | loads the image's kernel modules |
 //! | `archive` | `pack` and `unpack`: files in and out as a tar stream |
 
 mod agent;
 mod archive;
+mod button;
 mod cgroups;
 mod command;
 mod identity;
@@ -26,16 +27,17 @@ mod link;
 mod modules;
 mod place;
 mod session;
+mod sessions;
 mod signals;
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::agent::Agent;
-use crate::cgroups::Cgroups;
+use crate::cgroups::{CgroupError, Cgroups};
 use crate::identity::Identity;
 use crate::link::Link;
 use crate::place::Place;
@@ -109,19 +111,23 @@ fn serve(service: &Service) -> Result<(), Box<dyn Error>> {
         (None, Some(socket)) => Place::socket(socket)?,
         (None, None) => Place::find()?,
     };
-    let cgroups = Cgroups::join(service.cgroup.as_deref());
+    let cgroups = join_cgroups(service.cgroup.as_deref());
     let identity = Identity {
         shared_kernel: service.shared_kernel,
     };
     log(&format!("waits for the host on {place}"));
     let mut agent = Agent::new(Link::new(place)?, signals, cgroups, identity);
     let ended = agent.run()?;
-    agent.end_sessions();
     if ended == agent::Ended::PowerOff {
         // The machine's own init ends what it began.
         std::process::Command::new("poweroff").spawn()?;
     }
     Ok(())
+}
+
+/// Goes into a cgroup of the agent's own. Without one it runs commands, and cannot freeze them.
+fn join_cgroups(top: Option<&Path>) -> Result<Cgroups, CgroupError> {
+    Cgroups::join(top).inspect_err(|error| log(&format!("cannot freeze processes: {}", error_chain(error))))
 }
 
 /// Says what happened, on standard error: the console where the agent is init, the journal where it is a service.
