@@ -207,6 +207,9 @@ impl Agent {
             ToGuest::Epoch(epoch) => {
                 let answer = self.take_epoch(&epoch);
                 self.say(&answer)?;
+                // The host waits for it; a console takes its time.
+                self.link.flush();
+                log(&format!("{answer:?}, host name {}", epoch.host_name));
             }
             ToGuest::Freeze => {
                 let answer = self.freeze();
@@ -241,13 +244,9 @@ impl Agent {
             Ok(()) => {
                 self.epoch = Some(epoch.id);
                 self.frozen = false;
-                log(&format!("epoch {}, host name {}", epoch.id, epoch.host_name));
                 ToHost::EpochTaken { id: epoch.id }
             }
-            Err(why) => {
-                log(&format!("epoch {} failed: {why}", epoch.id));
-                ToHost::EpochFailed { id: epoch.id, why }
-            }
+            Err(why) => ToHost::EpochFailed { id: epoch.id, why },
         }
     }
 

@@ -4,7 +4,7 @@
 //! beside the way from the top to `agent`: then every process that is in a cgroup stands still, and the agent does not.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek};
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,8 @@ pub(crate) struct Cgroups {
     last_session: u64,
     /// Those of sessions that ended; they can be removed when their last process has.
     ended: Vec<PathBuf>,
-    frozen: Vec<PathBuf>,
+    /// What is frozen, and where to write that it is not: a file that is open already, as a fork waits for that.
+    frozen: Vec<(PathBuf, File)>,
 }
 
 impl Cgroups {
@@ -55,7 +56,8 @@ impl Cgroups {
                 _ => {}
             }
         }
-        write(&agent.join("cgroup.procs"), "0")?;
+        let entrance = open_entrance(&agent)?;
+        write(&entrance, "0").map_err(|error| CgroupError::Use(agent.clone(), error))?;
         let mut way: Vec<PathBuf> = agent.ancestors().map(Path::to_owned).collect();
         way.retain(|dir| dir.starts_with(&top));
         way.reverse();
@@ -109,20 +111,26 @@ impl Cgroups {
             let children = fs::read_dir(dir).map_err(|error| CgroupError::Use(dir.clone(), error))?;
             let children = children.flatten().map(|child| child.path());
             for child in children.filter(|child| child.is_dir() && child != next) {
-                write(&child.join("cgroup.freeze"), "1")?;
-                self.frozen.push(child);
+                let file = open(&child.join("cgroup.freeze"))?;
+                write(&file, "1").map_err(|error| CgroupError::Use(child.clone(), error))?;
+                self.frozen.push((child, file));
             }
         }
         let deadline = Instant::now() + FREEZE_LIMIT;
-        self.frozen.iter().try_for_each(|dir| await_frozen(dir, deadline))
+        self.frozen
+            .iter()
+            .try_for_each(|(dir, _)| await_frozen(dir, deadline))
     }
 
     /// Lets go what was stopped.
     pub(crate) fn thaw(&mut self) -> Result<(), CgroupError> {
-        while let Some(dir) = self.frozen.last() {
-            // A cgroup that was removed has no process.
-            if dir.exists() {
-                write(&dir.join("cgroup.freeze"), "0")?;
+        while let Some((dir, file)) = self.frozen.last() {
+            match write(file, "0") {
+                // A cgroup that was removed has no process.
+                Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
+                    return Err(CgroupError::Use(dir.clone(), error));
+                }
+                _ => {}
             }
             self.frozen.pop();
         }
@@ -132,18 +140,22 @@ impl Cgroups {
 
 /// Kills every process of a cgroup (Linux 5.14).
 pub(crate) fn kill(dir: &Path) -> Result<(), CgroupError> {
-    write(&dir.join("cgroup.kill"), "1")
+    let path = dir.join("cgroup.kill");
+    write(&open(&path)?, "1").map_err(|error| CgroupError::Use(path, error))
 }
 
 /// The file that takes a process into the cgroup.
 pub(crate) fn open_entrance(dir: &Path) -> Result<File, CgroupError> {
-    let path = dir.join("cgroup.procs");
-    let file = OpenOptions::new().write(true).open(&path);
-    file.map_err(|error| CgroupError::Use(path, error))
+    open(&dir.join("cgroup.procs"))
 }
 
-fn write(file: &Path, text: &str) -> Result<(), CgroupError> {
-    fs::write(file, text).map_err(|error| CgroupError::Use(file.to_owned(), error))
+fn open(path: &Path) -> Result<File, CgroupError> {
+    let file = OpenOptions::new().write(true).open(path);
+    file.map_err(|error| CgroupError::Use(path.to_owned(), error))
+}
+
+fn write(mut file: &File, text: &str) -> io::Result<()> {
+    file.write_all(text.as_bytes())
 }
 
 /// Waits until `cgroup.events` says `frozen 1`; the kernel tells of each change as an exceptional condition.
