@@ -59,3 +59,8 @@ pub const VSOCK_PORT: u32 = 1024;
 
 /// The name of the virtio-serial port through which the host reaches the agent.
 pub const PORT_NAME: &str = "org.stencil.agent";
+
+/// What [`Exec::argv`] names first to run the agent itself, which brings files out and in without anything of the guest's:
+/// `[PROGRAM, "pack", PATH]` writes a tar archive with `PATH` under its own name to its output, `[PROGRAM, "unpack", DIR]` takes
+/// one from its input and lets nothing get beyond `DIR`.
+pub const PROGRAM: &str = "/proc/self/exe";

@@ -6,6 +6,10 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use stencil_agent::{End, Exec, PROGRAM, ToGuest};
+
+use crate::host::Agent;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_stencil-agent");
 
 fn pack(path: &Path) -> Output {
@@ -51,6 +55,32 @@ fn a_directory_comes_back_as_it_was() {
         fs::read_link(tree.join("dangling")).unwrap(),
         Path::new("/no/where")
     );
+}
+
+#[test]
+fn files_travel_through_commands_of_an_agent() {
+    let agent = Agent::start();
+    let mut host = agent.enter();
+    let from = agent.dir.path().join("from");
+    fs::write(&from, "as it is").unwrap();
+    let command = |what: &str, path: &Path| Exec {
+        argv: [PROGRAM, what, path.to_str().unwrap()]
+            .map(str::to_owned)
+            .to_vec(),
+        stdin: true,
+        ..Exec::default()
+    };
+    let packed = host.run(command("pack", &from));
+    assert_eq!(packed.end, Some(End::Code(0)), "{packed:?}");
+    let to = agent.dir.path().join("to");
+    fs::create_dir(&to).unwrap();
+    let (session, _) = host.begin(command("unpack", &to));
+    let bytes = packed.stdout.into_bytes();
+    host.send(&ToGuest::Stdin { session, bytes });
+    host.send(&ToGuest::StdinClosed { session });
+    let unpacked = host.finish(session);
+    assert_eq!(unpacked.end, Some(End::Code(0)), "{unpacked:?}");
+    assert_eq!(fs::read(to.join("from")).unwrap(), b"as it is");
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags};
 use stencil_agent::{End, EpochId, Exec, ExecError, ToGuest, ToHost};
 
 use crate::host::{Agent, await_path, shell};
@@ -96,6 +98,26 @@ fn frozen_processes_go_on_in_the_next_epoch_and_not_before() {
 
     host.epoch(2);
     grown(&mut host);
+}
+
+#[test]
+fn sessions_of_a_lost_host_die_before_they_could_go_on() {
+    let Some(cgroup) = Cgroup::new("lost") else { return };
+    let agent = Agent::start_with(&["--shared-kernel", "--cgroup", cgroup.option()], "true");
+    let mut host = agent.enter();
+    let (_, pid) = host.begin(shell("sleep 1000"));
+    let process = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    let process = rustix::process::pidfd_open(process, PidfdFlags::empty()).unwrap();
+    host.send(&ToGuest::Freeze);
+    assert_eq!(host.next(), ToHost::Frozen);
+    // No epoch comes: it ends although everything is frozen.
+    let _next = agent.greet();
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    let patience = Timespec {
+        tv_sec: 60,
+        tv_nsec: 0,
+    };
+    assert_eq!(rustix::event::poll(&mut ended, Some(&patience)), Ok(1));
 }
 
 #[test]
