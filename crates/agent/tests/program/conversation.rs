@@ -79,7 +79,7 @@ fn a_host_of_another_version_learns_the_agents() {
         .write_all(&cobs::encode_vec_including_sentinels(&frame))
         .unwrap();
     // In the agent's version, or it could not be decoded here.
-    let frame = host.next_frame();
+    let frame = host.next_frame().unwrap();
     assert_eq!(frame.nonce, Nonce::NONE);
     assert!(matches!(frame.message, ToHost::Hello { .. }));
 }

@@ -32,6 +32,8 @@ fn a_command_has_its_environment_and_directory_and_nothing_of_the_agents() {
         done.stdout,
         "A=b c\nHOME=/nowhere\nPATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n/proc\n"
     );
+    // Its three streams, and the directory that it reads.
+    assert_eq!(host.print("ls /proc/self/fd"), "0\n1\n2\n3\n");
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! Between two epochs no process of the user runs. This needs a cgroup of version 2 that may be written.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use stencil_agent::{End, EpochId, Exec, ExecError, ToGuest, ToHost};
 
-use crate::host::{Agent, await_path, shell};
+use crate::host::{Agent, Host, await_path, shell};
 
 /// A cgroup for one test.
 struct Cgroup(PathBuf);
@@ -69,7 +70,7 @@ fn frozen_processes_go_on_in_the_next_epoch_and_not_before() {
     // It goes on by itself, its session is over.
     host.print(&format!("(while :; do echo >> {path}; done) > /dev/null 2>&1 &"));
     await_path(&mut host, &count);
-    let grown = |host: &mut crate::host::Host| {
+    let grown = |host: &mut Host| {
         let from = fs::metadata(&count).unwrap().len();
         host.print(&format!("until [ $(stat -c %s {path}) -gt {from} ]; do :; done"));
     };
@@ -118,6 +119,29 @@ fn sessions_of_a_lost_host_die_before_they_could_go_on() {
         tv_nsec: 0,
     };
     assert_eq!(rustix::event::poll(&mut ended, Some(&patience)), Ok(1));
+}
+
+#[test]
+fn an_agent_that_is_started_anew_keeps_what_is_frozen() {
+    let Some(cgroup) = Cgroup::new("anew") else { return };
+    let options = ["--shared-kernel", "--cgroup", cgroup.option()];
+    let mut first = Agent::start_with(&options, "true");
+    let mut host = first.enter();
+    host.send(&ToGuest::Freeze);
+    assert_eq!(host.next(), ToHost::Frozen);
+    first.process.kill().unwrap();
+    first.process.wait().unwrap();
+    let second = Agent::start_with(&options, "true");
+    let mut host = Host::new(UnixStream::connect(second.socket()).unwrap());
+    assert!(matches!(
+        host.hello(),
+        ToHost::Hello {
+            epoch: None,
+            frozen: true
+        }
+    ));
+    host.epoch(2);
+    assert_eq!(host.print("echo and lets it go on"), "and lets it go on\n");
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use stencil_agent::{
-    Decoder, End, Entropy, Epoch, EpochId, Exec, ExecError, Frame, Nonce, Output, SessionId, ToGuest, ToHost,
-    encode,
+    Decoder, End, Entropy, Epoch, EpochId, Exec, ExecError, Frame, FrameError, Nonce, Output, SessionId,
+    ToGuest, ToHost, encode,
 };
 
 /// A test that waits longer has failed.
@@ -34,12 +34,16 @@ impl Agent {
     pub(crate) fn start_with(options: &[&str], prepare: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
+        let options = [&["--listen", socket.to_str().unwrap()], options].concat();
+        Self::start_in(dir, &options, prepare)
+    }
+
+    /// With these options and no others.
+    pub(crate) fn start_in(dir: tempfile::TempDir, options: &[&str], prepare: &str) -> Self {
         let mut process = Command::new("unshare")
             .args(["--user", "--map-root-user", "--uts", "--mount", "sh", "-c"])
             .arg(format!(r#"{PRIVATE} && {prepare} && exec "$0" "$@""#))
             .arg(env!("CARGO_BIN_EXE_stencil-agent"))
-            .arg("--listen")
-            .arg(&socket)
             .args(options)
             .stderr(Stdio::piped())
             .spawn()
@@ -155,14 +159,14 @@ impl Host {
     }
 
     /// The next frame, of whatever conversation.
-    pub(crate) fn next_frame(&mut self) -> Frame<ToHost> {
+    pub(crate) fn next_frame(&mut self) -> Result<Frame<ToHost>, FrameError> {
         loop {
             let mut unread = &self.read[..];
             let decoded = self.decoder.next(&mut unread);
             let rest = self.read.len() - unread.len();
             self.read.drain(..rest);
             if let Some(decoded) = decoded {
-                return decoded.unwrap();
+                return decoded;
             }
             let mut bytes = vec![0; 65536];
             let length = match self.stream.read(&mut bytes) {
@@ -174,12 +178,13 @@ impl Host {
         }
     }
 
-    /// The next message of this conversation.
+    /// The next message of this conversation. What a host before this one has half read is none.
     pub(crate) fn next(&mut self) -> ToHost {
         loop {
-            let frame = self.next_frame();
-            if frame.nonce == self.nonce {
-                return frame.message;
+            match self.next_frame() {
+                Ok(frame) if frame.nonce == self.nonce => return frame.message,
+                Ok(_) | Err(FrameError::Damaged) => {}
+                Err(error) => panic!("{error}"),
             }
         }
     }

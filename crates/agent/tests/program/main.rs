@@ -11,4 +11,5 @@ mod flow;
 mod freeze;
 mod host;
 mod identity;
+mod port;
 mod terminal;

@@ -44,7 +44,6 @@ pub(crate) struct Agent {
     identity: Identity,
     nonce: Nonce,
     epoch: Option<EpochId>,
-    frozen: bool,
     sessions: Sessions,
     /// Rotates who is served first.
     turn: usize,
@@ -64,7 +63,6 @@ impl Agent {
             identity,
             nonce: Nonce::NONE,
             epoch: None,
-            frozen: false,
             sessions: Sessions::new(cgroups),
             turn: 0,
         }
@@ -176,7 +174,7 @@ impl Agent {
     fn say_hello(&mut self, nonce: Nonce) -> io::Result<()> {
         let hello = ToHost::Hello {
             epoch: self.epoch,
-            frozen: self.frozen,
+            frozen: self.sessions.are_frozen(),
         };
         self.link.send(nonce, &hello)
     }
@@ -243,7 +241,6 @@ impl Agent {
         match thawed {
             Ok(()) => {
                 self.epoch = Some(epoch.id);
-                self.frozen = false;
                 ToHost::EpochTaken { id: epoch.id }
             }
             Err(why) => ToHost::EpochFailed { id: epoch.id, why },
@@ -251,23 +248,15 @@ impl Agent {
     }
 
     fn freeze(&mut self) -> ToHost {
-        let frozen = if self.frozen {
-            Ok(())
-        } else {
-            self.sessions.freeze()
-        };
-        match frozen {
-            Ok(()) => {
-                self.frozen = true;
-                ToHost::Frozen
-            }
+        match self.sessions.freeze() {
+            Ok(()) => ToHost::Frozen,
             Err(why) => ToHost::FreezeFailed { why },
         }
     }
 
     /// Begins a session; its process id.
     fn begin(&mut self, id: SessionId, exec: &Exec) -> Result<u32, NotBegun> {
-        if self.epoch.is_none() || self.frozen {
+        if self.epoch.is_none() || self.sessions.are_frozen() {
             let why = "the guest is between two epochs, and runs nothing";
             return Err(NotBegun::new(ExecError::NoEpoch, why));
         }

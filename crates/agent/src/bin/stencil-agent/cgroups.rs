@@ -61,13 +61,37 @@ impl Cgroups {
         let mut way: Vec<PathBuf> = agent.ancestors().map(Path::to_owned).collect();
         way.retain(|dir| dir.starts_with(&top));
         way.reverse();
-        Ok(Self {
+        let mut cgroups = Self {
             way,
             sessions,
             last_session: 0,
             ended: Vec::new(),
             frozen: Vec::new(),
-        })
+        };
+        // An agent before this one may have ended while all stood still.
+        for child in cgroups.beside()? {
+            if fs::read_to_string(child.join("cgroup.freeze")).is_ok_and(|state| state.trim() == "1") {
+                let file = open(&child.join("cgroup.freeze"))?;
+                cgroups.frozen.push((child, file));
+            }
+        }
+        Ok(cgroups)
+    }
+
+    /// The cgroups beside the way to the agent's.
+    fn beside(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        let mut beside = Vec::new();
+        for (dir, next) in self.way.iter().zip(&self.way[1..]) {
+            let children = fs::read_dir(dir).map_err(|error| CgroupError::Use(dir.clone(), error))?;
+            let children = children.flatten().map(|child| child.path());
+            beside.extend(children.filter(|child| child.is_dir() && child != next));
+        }
+        Ok(beside)
+    }
+
+    /// Whether anything is stopped.
+    pub(crate) fn is_frozen(&self) -> bool {
+        !self.frozen.is_empty()
     }
 
     /// Makes a cgroup for a session.
@@ -107,14 +131,10 @@ impl Cgroups {
     }
 
     fn try_freeze(&mut self) -> Result<(), CgroupError> {
-        for (dir, next) in self.way.iter().zip(&self.way[1..]) {
-            let children = fs::read_dir(dir).map_err(|error| CgroupError::Use(dir.clone(), error))?;
-            let children = children.flatten().map(|child| child.path());
-            for child in children.filter(|child| child.is_dir() && child != next) {
-                let file = open(&child.join("cgroup.freeze"))?;
-                write(&file, "1").map_err(|error| CgroupError::Use(child.clone(), error))?;
-                self.frozen.push((child, file));
-            }
+        for child in self.beside()? {
+            let file = open(&child.join("cgroup.freeze"))?;
+            write(&file, "1").map_err(|error| CgroupError::Use(child.clone(), error))?;
+            self.frozen.push((child, file));
         }
         let deadline = Instant::now() + FREEZE_LIMIT;
         self.frozen

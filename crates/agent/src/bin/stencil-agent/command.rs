@@ -176,6 +176,12 @@ fn enter(mut entrance: Option<&File>, is_tty: bool) -> io::Result<()> {
     if is_tty {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
     }
+    // What whoever started the agent had open is nothing for a command.
+    // SAFETY: it only marks open files to be closed when the command begins.
+    let marked = unsafe { libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
+    if marked != 0 {
+        return Err(io::Error::last_os_error());
+    }
     signals::unblock()
 }
 

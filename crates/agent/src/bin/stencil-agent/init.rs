@@ -6,6 +6,7 @@ use std::ffi::CStr;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -54,6 +55,8 @@ fn serve() -> Result<Ended, Box<dyn Error>> {
         mount(kind, place, options);
     }
     modules::load(|path, error| log(&format!("could not load {path}: {error}")));
+    // Many programs talk to themselves. An image without `ip` does without.
+    let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
     let place = Place::await_device()?;
     log(&format!("waits for the host on {place}"));
     let identity = Identity { shared_kernel: false };

@@ -96,9 +96,15 @@ impl Sessions {
         }
     }
 
+    /// Whether the user's processes are stopped.
+    pub(crate) fn are_frozen(&self) -> bool {
+        self.cgroups.as_ref().is_ok_and(Cgroups::is_frozen)
+    }
+
     /// Stops the user's processes, or says why not.
     pub(crate) fn freeze(&mut self) -> Result<(), String> {
         match &mut self.cgroups {
+            Ok(cgroups) if cgroups.is_frozen() => Ok(()),
             Ok(cgroups) => cgroups.freeze().map_err(|error| error_chain(&error)),
             Err(error) => Err(error_chain(error)),
         }
