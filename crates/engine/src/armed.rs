@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stencil_core::rules::{self, Operation};
-use stencil_core::{Durability, InstanceId, Metadata, error_chain};
+use stencil_core::{Durability, InstanceId, Metadata, State, error_chain};
 use tokio::time::timeout;
 
 use crate::hot_list::HotPagesUse;
@@ -123,7 +123,12 @@ impl Engine {
     async fn arm_one(&self, slot: &Arc<Slot>) -> Result<ArmOne, EngineError> {
         let _turn = self.turn(&self.inner.arming).await;
         // Held until the fork is in the pool: who has the lock for itself finds all of them there.
-        let base = self.fork_base(slot, ForkRequest::default(), 0).await;
+        // It waits paused: whether it may run is asked of who takes it.
+        let paused = ForkRequest {
+            target_state: Some(State::Paused),
+            ..ForkRequest::default()
+        };
+        let base = self.fork_base(slot, paused, 0).await;
         let base = match base {
             Ok(base) if base.plan.fork_of_template.is_some() => base,
             // It was demoted or deleted meanwhile.
@@ -182,13 +187,12 @@ impl Engine {
 
     /// Ends the armed forks of all templates; whether there were any.
     pub(crate) async fn disarm_all(&self) -> bool {
-        let mut forks = Vec::new();
+        let (mut forks, mut emptied) = (Vec::new(), Vec::new());
         for slot in self.inner.registry.all() {
             let gone = slot.pool.empty();
             if !gone.is_empty() {
-                // Where there is no room now, it is looked at again later.
-                self.refill(&slot);
                 forks.extend(gone);
+                emptied.push(slot);
             }
         }
         if forks.is_empty() {
@@ -199,6 +203,10 @@ impl Engine {
             "the host is short of something: armed forks go"
         );
         end_all(forks).await;
+        // Only now: sooner it would take the room again that they make. Where there is none, it is looked at again later.
+        for slot in &emptied {
+            self.refill(slot);
+        }
         true
     }
 

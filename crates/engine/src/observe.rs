@@ -6,7 +6,7 @@ use stencil_core::{
     Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain,
 };
 
-use stencil_vmm::PageCounters;
+use stencil_vmm::{Exit, PageCounters};
 
 use crate::agent::AgentState;
 use crate::registry::Slot;
@@ -63,11 +63,17 @@ impl Engine {
         let ended = |exit| VmmFacts::Ended {
             reason: format!("process {pid} {exit}"),
         };
-        if let Some(exit) = running.process.has_exited() {
-            return ended(exit);
+        let hypervisor = self.hypervisor(&metadata.spec.hypervisor);
+        match (running.process.has_exited(), &hypervisor) {
+            // Its guest has powered off, and it ended with its guest.
+            (Some(Exit::Code(0)), Ok(hypervisor)) if !hypervisor.capabilities().outlives_guest => {
+                return VmmFacts::None;
+            }
+            (Some(exit), _) => return ended(exit),
+            (None, _) => {}
         }
         let dir = self.dir(&slot.id);
-        let hypervisor = match self.hypervisor(&metadata.spec.hypervisor) {
+        let hypervisor = match hypervisor {
             Ok(hypervisor) => hypervisor,
             Err(unknown) => {
                 return VmmFacts::Silent {

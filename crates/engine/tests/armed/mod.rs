@@ -70,6 +70,30 @@ async fn a_fork_is_taken_from_the_pool_and_the_pool_is_filled_again() {
 }
 
 #[tokio::test]
+async fn forks_that_may_only_begin_paused_are_armed_too() {
+    let house = House::new().await;
+    house.armed_template(0).await;
+    house.hypervisor.tell_no_identity();
+    house.engine.arm("warm", Some(1)).await.unwrap();
+    house.until_armed(1).await;
+    assert!(
+        house
+            .engine
+            .fork("warm", None, ForkRequest::default())
+            .await
+            .is_err()
+    );
+    let paused = ForkRequest {
+        target_state: Some(State::Paused),
+        ..ForkRequest::default()
+    };
+    // The refusal cost no armed fork.
+    let (fork, was_armed) = house.taken_by(paused).await;
+    assert!(was_armed);
+    assert_eq!(fork.state, State::Paused);
+}
+
+#[tokio::test]
 async fn armed_forks_are_in_no_list_and_do_not_keep_their_template() {
     let house = House::new().await;
     house.armed_template(3).await;
