@@ -17,7 +17,9 @@ use crate::client::ClientError;
 use crate::command::CommandError;
 use crate::guest_console::GuestError;
 use crate::host::Host;
+use crate::hypervisor::Located;
 use crate::server::ServerError;
+use crate::vmm::VmmError;
 use crate::{TaskError, build, report, setup};
 use rows::{Row, Target};
 
@@ -52,25 +54,8 @@ pub(crate) enum BenchError {
     },
     #[error(transparent)]
     Client(#[from] ClientError),
-    #[error("{call} was answered with {status}: {message}; the VMM said:\n{log}")]
-    Refused {
-        call: String,
-        status: u16,
-        message: String,
-        log: String,
-    },
-    #[error(
-        "the guest did not print `{wanted}` {count} times in {seconds} s; it printed:\n{printed}\nthe VMM said:\n{log}"
-    )]
-    Silent {
-        wanted: &'static str,
-        count: usize,
-        seconds: u64,
-        printed: String,
-        log: String,
-    },
-    #[error("the guest's input did not arrive: {arrived} of {sent} bytes")]
-    InputLost { arrived: u64, sent: u64 },
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
     #[error("{how}: the guest read other memory than was saved: {found:?}; right is {right:?}")]
     OtherMemory {
         how: &'static str,
@@ -116,6 +101,16 @@ struct Conditions {
     load: [String; 2],
 }
 
+impl Conditions {
+    /// After a benchmark, of which the load before it is known.
+    fn now(host: Host, load_before: String) -> Self {
+        Self {
+            host,
+            load: [load_before, load()],
+        }
+    }
+}
+
 /// What a benchmark has to tell.
 struct Told {
     rows: Vec<Row>,
@@ -128,10 +123,70 @@ struct Told {
 
 /// The `bench` task.
 pub(crate) fn run(bench: &Bench) -> Result<(), TaskError> {
-    let (name, options) = match bench {
-        Bench::Memory(options) => ("memory", options),
-        Bench::Fork(options) => ("fork", &options.common),
-    };
+    match bench {
+        Bench::Memory(options) => {
+            let host = prepare()?;
+            let kvm_floor = kvm_floor()?;
+            let built = report::step(BUILT, build::microvm)?;
+            let before = load();
+            let findings = memory::measure(&built, &kvm_floor, if options.quick { 3 } else { 5 })?;
+            findings.print();
+            let conditions = Conditions::now(host, before);
+            finish(
+                "memory",
+                options,
+                &memory::tell(&conditions, &findings),
+                &conditions,
+            )
+        }
+        Bench::Fork(options) => match options.hypervisor.locate() {
+            Ok(located) => match located.binary() {
+                None => forks(options),
+                Some(binary) => forks_beside(options, &located, binary),
+            },
+            Err(not_there) => {
+                println!("SKIPPED: {not_there}");
+                Ok(())
+            }
+        },
+    }
+}
+
+const BUILT: &str = "built in release, with the test guest";
+
+/// Forks on the microVM.
+fn forks(options: &fork::Options) -> Result<(), TaskError> {
+    let host = prepare()?;
+    let kvm_floor = kvm_floor()?;
+    let built = report::step(BUILT, build::build)?;
+    let before = load();
+    let findings = fork::measure(&built, &kvm_floor, &host, options)?;
+    findings.print();
+    let conditions = Conditions::now(host, before);
+    let told = fork::tell(&conditions, &findings)?;
+    finish("fork", &options.common, &told, &conditions)
+}
+
+/// Forks on another hypervisor, beside those on the microVM.
+fn forks_beside(options: &fork::Options, located: &Located, binary: &Path) -> Result<(), TaskError> {
+    let host = prepare()?;
+    let built = report::step(BUILT, build::build)?;
+    let hypervisor = located.ask(&built)?;
+    if let Some(why) = &hypervisor.no_snapshots {
+        println!("SKIPPED: {why}");
+        return Ok(());
+    }
+    let before = load();
+    let findings = fork::beside::measure(&built, binary, &hypervisor, options.common.quick)?;
+    findings.print();
+    let conditions = Conditions::now(host, before);
+    let told = fork::beside::tell(&conditions, &findings);
+    let name = format!("fork --hypervisor {}", hypervisor.name);
+    finish(&name, &options.common, &told, &conditions)
+}
+
+/// What every benchmark begins with.
+fn prepare() -> Result<Host, TaskError> {
     let host = setup::prepare()?;
     println!(
         "on {}, {} cores, {}, Linux {}, KVM: {}",
@@ -141,34 +196,16 @@ pub(crate) fn run(bench: &Bench) -> Result<(), TaskError> {
         host.kernel,
         host.kvm
     );
-    let kvm_floor = report::step(
-        "the measure of the kernel alone built in release",
-        build::kvm_floor,
-    )?;
-    let (told, conditions) = match bench {
-        Bench::Memory(options) => {
-            let built = report::step("built in release, with the test guest", build::microvm)?;
-            let before = load();
-            let findings = memory::measure(&built, &kvm_floor, if options.quick { 3 } else { 5 })?;
-            findings.print();
-            let conditions = Conditions {
-                host,
-                load: [before, load()],
-            };
-            (memory::tell(&conditions, &findings), conditions)
-        }
-        Bench::Fork(options) => {
-            let built = report::step("built in release, with the test guest", build::build)?;
-            let before = load();
-            let findings = fork::measure(&built, &kvm_floor, &host, options)?;
-            findings.print();
-            let conditions = Conditions {
-                host,
-                load: [before, load()],
-            };
-            (fork::tell(&conditions, &findings)?, conditions)
-        }
-    };
+    Ok(host)
+}
+
+fn kvm_floor() -> Result<PathBuf, TaskError> {
+    let what = "the measure of the kernel alone built in release";
+    Ok(report::step(what, build::kvm_floor)?)
+}
+
+/// Writes down what a benchmark found.
+fn finish(name: &str, options: &Common, told: &Told, conditions: &Conditions) -> Result<(), TaskError> {
     let [before, after] = &conditions.load;
     println!("load of the host {before} before, {after} after");
     if let Some(path) = &options.json {

@@ -23,11 +23,13 @@ mod way;
 mod world;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::host::Host;
+use crate::hypervisor::{Choice, Hypervisor};
 use crate::report::{self, mark};
 use crate::{TaskError, build, setup};
 use failure::Failure;
@@ -36,9 +38,8 @@ use world::World;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Which hypervisor the instances ask for.
-    #[arg(long, default_value = "microvm", value_name = "NAME")]
-    hypervisor: String,
+    #[command(flatten)]
+    hypervisor: Choice,
     /// Only the scenarios whose name has this in it.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
@@ -65,17 +66,28 @@ struct Tried {
 
 /// The `e2e` task; whether no scenario failed.
 pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
+    let located = match options.hypervisor.locate() {
+        Ok(located) => located,
+        Err(not_there) => {
+            println!("SKIPPED, all of it: {not_there}");
+            return Ok(true);
+        }
+    };
     let host = setup::prepare()?;
     println!(
         "on {}, {} cores, Linux {}, KVM: {}",
         host.cpu, host.cores, host.kernel, host.kvm
     );
     let built = build::build()?;
+    let hypervisor = Arc::new(located.ask(&built)?);
+    if let Some(why) = &hypervisor.no_snapshots {
+        println!("SKIPPED, all that needs standby, templates or forks: {why}");
+    }
     let filter = options.filter.as_deref().unwrap_or_default().to_lowercase();
-    let results: Vec<Tried> = scenarios()
+    let results: Vec<Tried> = scenarios(&hypervisor)
         .into_iter()
         .filter(|planned| planned.name.to_lowercase().contains(&filter))
-        .map(|planned| try_one(planned, &built, &options.hypervisor))
+        .map(|planned| try_one(planned, &built, &hypervisor))
         .collect();
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", json(&host, &results));
@@ -104,7 +116,7 @@ struct Planned {
 }
 
 /// All scenarios, and those that fork once more for each way to do it.
-fn scenarios() -> Vec<Planned> {
+fn scenarios(hypervisor: &Hypervisor) -> Vec<Planned> {
     let all = [
         lifecycle::SCENARIOS,
         console::SCENARIOS,
@@ -124,25 +136,19 @@ fn scenarios() -> Vec<Planned> {
     ]
     .concat();
     let forking = [continuity::SCENARIOS, forks::SCENARIOS].concat();
-    let planned = |scenarios: &[Scenario], way: Way, suffix: &str| {
-        let planned = scenarios.iter().map(|(name, act)| Planned {
-            name: format!("{name}{suffix}"),
+    let planned = |way: Way| {
+        let scenarios = if way == Way::Plain { &all } else { &forking };
+        let planned = scenarios.iter().map(move |(name, act)| Planned {
+            name: format!("{name}{}", way.suffix()),
             act: *act,
             way,
         });
         planned.collect::<Vec<_>>()
     };
-    [
-        planned(&all, Way::Plain, ""),
-        planned(&forking, Way::Uffd, "; in uffd"),
-        planned(&forking, Way::Armed, "; armed"),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    Way::all(hypervisor).into_iter().flat_map(planned).collect()
 }
 
-fn try_one(Planned { name, act, way }: Planned, built: &build::Built, hypervisor: &str) -> Tried {
+fn try_one(Planned { name, act, way }: Planned, built: &build::Built, hypervisor: &Arc<Hypervisor>) -> Tried {
     let began = Instant::now();
     let outcome = match World::new(built, hypervisor, way) {
         Err(failure) => Outcome::Failed(report::chain(&failure)),

@@ -5,8 +5,10 @@
 //! | `setup`, `demo`, `e2e`, `bench`, `ci` | the tasks |
 //! | `host`, `build`, `guest` | what the host can do; the binaries and the test guest |
 //! | `linux` | a small Linux guest, of Debian's packages and the agent |
+//! | `hypervisor` | which one is driven, and what it can do |
 //! | `server`, `processes` | a `stencil serve` of its own, and proof that nothing of it stays |
 //! | `client`, `guest_console`, `arrivals` | talking to the server, to a guest, and seeing forks arrive |
+//! | `vmm` | a VMM without a server |
 //! | `command`, `interrupt` | running programs within a time limit; undoing things on Ctrl-C |
 //! | `report` | telling what happened |
 //!
@@ -24,12 +26,14 @@ mod e2e;
 mod guest;
 mod guest_console;
 mod host;
+mod hypervisor;
 mod interrupt;
 mod linux;
 mod processes;
 mod report;
 mod server;
 mod setup;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -75,6 +79,8 @@ enum TaskError {
     Bench(#[from] bench::BenchError),
     #[error(transparent)]
     Linux(#[from] linux::LinuxError),
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::HypervisorError),
     #[error("could not listen for Ctrl-C")]
     Interrupt(#[source] std::io::Error),
     #[error("could not write {}", path.display())]

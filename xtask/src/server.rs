@@ -1,5 +1,6 @@
 //! A `stencil serve` of its own: on a temporary data directory, ended with proof that nothing of it stays.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -56,7 +57,7 @@ pub(crate) enum ServerError {
 #[derive(Debug)]
 pub(crate) struct Server {
     stencil: PathBuf,
-    options: &'static [&'static str],
+    options: Vec<OsString>,
     root: TempDir,
     log: Arc<Mutex<String>>,
     child: Option<Child>,
@@ -66,11 +67,11 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a server and waits until it answers.
     pub(crate) fn start(stencil: &Path) -> Result<Self, ServerError> {
-        Self::start_with(stencil, &[])
+        Self::start_with(stencil, Vec::new())
     }
 
     /// The same, with options of `stencil serve`.
-    pub(crate) fn start_with(stencil: &Path, options: &'static [&'static str]) -> Result<Self, ServerError> {
+    pub(crate) fn start_with(stencil: &Path, options: Vec<OsString>) -> Result<Self, ServerError> {
         Self::start_in(std::env::temp_dir(), stencil, options)
     }
 
@@ -78,7 +79,7 @@ impl Server {
     pub(crate) fn start_in(
         parent: PathBuf,
         stencil: &Path,
-        options: &'static [&'static str],
+        options: Vec<OsString>,
     ) -> Result<Self, ServerError> {
         let root = tempfile::Builder::new()
             .prefix("stencil-")
@@ -110,7 +111,7 @@ impl Server {
     /// Starts the server on the directory that it had before.
     pub(crate) fn start_again(&mut self) -> Result<(), ServerError> {
         let mut child = serve(&self.stencil, &self.data())
-            .args(self.options)
+            .args(&self.options)
             // It can be found by its working directory, as its VMMs can.
             .current_dir(self.root.path())
             .stdout(Stdio::null())

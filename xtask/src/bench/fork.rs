@@ -8,9 +8,11 @@
 //! | `latency` | forks one by one and many at once, of small and large memory, armed or not |
 //! | `growth` | the same with 10 and with 10,000 instances on disk |
 //! | `fleet`, `processes` | a thousand live forks, and what they take of the host |
+//! | `beside` | forks on another hypervisor, beside those on the microVM and beside what it takes by itself |
 //! | `figures`, `show`, `charts` | rows and targets; tables, sentences and drawings |
 
 mod asking;
+pub(super) mod beside;
 mod charts;
 mod figures;
 mod fleet;
@@ -25,6 +27,7 @@ use std::path::Path;
 use super::{BenchError, Conditions, Told};
 use crate::build::Built;
 use crate::host::Host;
+use crate::hypervisor::Choice;
 pub(super) use figures::Findings;
 
 const MIB: u64 = 1 << 20;
@@ -38,6 +41,8 @@ const LARGE: u64 = 8192 * MIB;
 pub(crate) struct Options {
     #[command(flatten)]
     pub(super) common: super::Common,
+    #[command(flatten)]
+    pub(super) hypervisor: Choice,
     /// How many forks live at once at the end; 1000, or 100 with --quick.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     fleet: Option<u32>,

@@ -8,7 +8,6 @@ mod restores;
 mod show;
 mod sizes;
 mod template;
-mod vmm;
 
 use super::BenchError;
 use super::{Conditions, Told, floor};

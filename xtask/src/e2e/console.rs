@@ -121,6 +121,7 @@ fn down(world: &mut World) -> Result<(), Failure> {
     vm.act("start")?;
     vm.wait("Running")?;
     answered(204, post(&vm)?)?;
+    vm.answers()?;
     vm.act("standby")?;
     refused(409, "invalid_state", post(&vm)?)?;
     // What it printed is still there to read.
@@ -142,6 +143,9 @@ fn of_a_fork(world: &mut World) -> Result<(), Failure> {
     // The fork is ready with the beginning of its first line; with an answer, that line is there to its end.
     fork.answers()?;
     let printed = lines(world, &fork.path("/console"))?;
-    let ready = format!("ready epoch=restore generation={generation}");
-    same("all that it printed", vec![ready, "ok pong".to_owned()], printed)
+    let mut expected = vec!["ok pong".to_owned()];
+    if world.hypervisor.tells_identity {
+        expected.insert(0, format!("ready epoch=restore generation={generation}"));
+    }
+    same("all that it printed", expected, printed)
 }

@@ -55,9 +55,9 @@ fn memory_modes(world: &mut World) -> Result<(), Failure> {
     let hash = template.hash(0, 2 * PAGES)?;
     template.act("standby")?;
     template.act("promote-template")?;
-    for mode in ["copy", "cow", "uffd"] {
+    for mode in &world.hypervisor.memory_modes {
         let fork = template.fork(json!({"memory_mode": mode}))?;
-        same("its memory mode", mode.to_owned(), fork.text("memory_mode")?)?;
+        same("its memory mode", mode.clone(), fork.text("memory_mode")?)?;
         same(
             format!("its memory by {mode}"),
             hash.clone(),
@@ -69,6 +69,7 @@ fn memory_modes(world: &mut World) -> Result<(), Failure> {
 }
 
 fn generations(world: &mut World) -> Result<(), Failure> {
+    world.needs_identity()?;
     let template = world.running("warm")?;
     let mut seen = HashSet::from([template.ask_for("generation", "generation")?]);
     same(
@@ -109,6 +110,7 @@ fn clock_counter(vm: &super::vm::Vm) -> Result<String, Failure> {
 }
 
 fn same_machine(world: &mut World) -> Result<(), Failure> {
+    world.needs_identity()?;
     let vm = world.running("sleeper")?;
     vm.write(0, PAGES, 3)?;
     let (hash, generation) = (vm.hash(0, PAGES)?, vm.ask_for("generation", "generation")?);

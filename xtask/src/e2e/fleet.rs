@@ -89,9 +89,8 @@ fn pool_under_fire(world: &mut World) -> Result<(), Failure> {
 /// Asks for a fleet, and kills every third VMM that is seen before it is an instance's; the answer, and how many were killed.
 fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply, usize), Failure> {
     let instances = world.server.instances();
-    let (client, path) = (world.client.clone(), template.path("/forks"));
-    let request = json!({"count": FLEET, "name_prefix": prefix});
-    let asked = std::thread::spawn(move || client.post(&path, request));
+    let (source, request) = (template.clone(), json!({"count": FLEET, "name_prefix": prefix}));
+    let asked = std::thread::spawn(move || source.ask_for_forks("/forks", request));
     let (mut seen, mut killed) = (HashSet::new(), 0);
     while !asked.is_finished() {
         for found in processes::working_below(&instances) {
@@ -107,10 +106,10 @@ fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply
             }
         }
     }
-    let reply = asked
+    let asked = asked
         .join()
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    Ok((reply, killed))
+    Ok((template.let_them_run(asked)?, killed))
 }
 
 /// That each fork is there and answers, was killed after it was made, or left nothing; the names of the latter. So many
@@ -250,7 +249,9 @@ fn too_much_memory(world: &mut World) -> Result<(), Failure> {
     vm.write(0, FILLED / 4096, 7)?;
     vm.act("standby")?;
     vm.act("promote-template")?;
-    for memory_mode in ["copy", "uffd"] {
+    // In these each fork has all of the memory to itself.
+    let copying = ["copy", "uffd", "ondemand"];
+    for memory_mode in copying.into_iter().filter(|mode| world.has_mode(mode)) {
         let request = json!({"count": MOST, "memory_mode": memory_mode});
         let error = refused(507, "insufficient_resources", vm.try_forks(request)?)?;
         same(

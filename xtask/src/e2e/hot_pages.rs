@@ -25,6 +25,8 @@ const LATER_FORKS: usize = 50;
 
 /// A template with contents, whose first fork has recorded.
 fn recorded(world: &World) -> Result<(Vm, String), Failure> {
+    // In this mode the first fork records.
+    world.needs_mode("uffd")?;
     let template = world.running("warm")?;
     template.write(0, PAGES, 7)?;
     let hash = template.hash(0, PAGES)?;

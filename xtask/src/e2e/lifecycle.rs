@@ -227,7 +227,7 @@ fn waited(world: &mut World) -> Result<(), Failure> {
     )?;
     // The state comes while it is waited for.
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| vm.wait("Shutdown"));
+        let waiting = scope.spawn(|| vm.wait(world.when_down()));
         vm.ask("halt")?;
         waiting
             .join()
@@ -242,8 +242,11 @@ fn deleted(world: &mut World) -> Result<(), Failure> {
     paused.act("pause")?;
     let halted = world.running("halted")?;
     halted.ask("halt")?;
-    halted.wait("Shutdown")?;
-    let pids = [running.pid()?, paused.pid()?, halted.pid()?];
+    halted.wait(world.when_down())?;
+    let mut pids = vec![running.pid()?, paused.pid()?];
+    if world.hypervisor.outlives_guest {
+        pids.push(halted.pid()?);
+    }
     for vm in [&running, &on_standby, &paused, &halted] {
         vm.delete()?;
         vm.is_gone()?;

@@ -106,6 +106,9 @@ const TABLE: [(&str, [Comes; 11]); 10] = [
 ];
 
 fn try_state(world: &mut World, row: &'static str) -> Result<(), Failure> {
+    if row == "Shutdown" {
+        world.needs_shutdown()?;
+    }
     let base = world.standby("base")?;
     let (_, expected) = TABLE
         .into_iter()

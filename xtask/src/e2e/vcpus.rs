@@ -65,7 +65,7 @@ fn two_started(world: &mut World) -> Result<(), Failure> {
     uses_both(&vm)?;
     vm.act("standby")?;
     vm.act("promote-template")?;
-    for mode in ["copy", "cow", "uffd"] {
+    for mode in &world.hypervisor.memory_modes {
         let fork = vm.fork(json!({"memory_mode": mode}))?;
         uses_both(&fork)?;
         fork.answers()?;

@@ -1,6 +1,7 @@
 //! One instance, as a scenario handles it: every method expects to succeed, and says so if not.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::process::Pid;
 use serde_json::{Value, json};
@@ -9,6 +10,7 @@ use super::failure::{Failure, answered, holds, refused, same};
 use super::way::Way;
 use crate::client::{Client, Reply};
 use crate::guest_console;
+use crate::hypervisor::Hypervisor;
 
 /// How long a state is waited for, in seconds.
 const WAIT_SECONDS: u32 = 60;
@@ -20,16 +22,25 @@ pub(super) struct Vm {
     pub(super) id: String,
     pub(super) name: String,
     way: Way,
+    hypervisor: Arc<Hypervisor>,
 }
 
 impl Vm {
-    pub(super) fn new(client: Client, dir: PathBuf, id: String, name: String, way: Way) -> Self {
+    pub(super) fn new(
+        client: Client,
+        dir: PathBuf,
+        id: String,
+        name: String,
+        way: Way,
+        hypervisor: Arc<Hypervisor>,
+    ) -> Self {
         Self {
             client,
             dir,
             id,
             name,
             way,
+            hypervisor,
         }
     }
 
@@ -83,7 +94,11 @@ impl Vm {
         })
     }
 
+    /// Asks for an operation. Where it rests on what this host cannot do, the scenario is skipped.
     pub(super) fn try_act(&self, operation: &str) -> Result<Reply, Failure> {
+        if operation == "standby" {
+            self.needs_snapshots()?;
+        }
         Ok(self
             .client
             .post(&self.path(&format!("/{operation}")), Value::Null)?)
@@ -154,8 +169,22 @@ impl Vm {
         )
     }
 
+    /// The scenario rests on snapshots.
+    pub(super) fn needs_snapshots(&self) -> Result<(), Failure> {
+        match self.hypervisor.no_snapshots {
+            None => Ok(()),
+            Some(_) => Err(Failure::Skipped(format!(
+                "this {} writes no snapshots on this host",
+                self.hypervisor.name
+            ))),
+        }
+    }
+
     pub(super) fn try_fork(&self, request: Value) -> Result<Reply, Failure> {
-        Ok(self.client.post(&self.path("/fork"), self.way.request(request))?)
+        if request["from_running"] == true {
+            self.needs_snapshots()?;
+        }
+        self.let_them_run(self.ask_for_forks("/fork", request)?)
     }
 
     pub(super) fn fork(&self, request: Value) -> Result<Self, Failure> {
@@ -163,9 +192,56 @@ impl Vm {
     }
 
     pub(super) fn try_forks(&self, request: Value) -> Result<Reply, Failure> {
-        Ok(self
+        self.let_them_run(self.ask_for_forks("/forks", request)?)
+    }
+
+    /// Lets forks run that began paused although they are to run.
+    pub(super) fn let_them_run(&self, asked: Asked) -> Result<Reply, Failure> {
+        let mut reply = asked.reply;
+        if !asked.begins_paused || reply.status >= 300 {
+            return Ok(reply);
+        }
+        // Of many forks, those that there are; else the one that is shown.
+        match reply.body.get_mut("forks").and_then(Value::as_array_mut) {
+            Some(entries) => {
+                for entry in entries.iter_mut().filter(|entry| entry["error"].is_null()) {
+                    self.let_run(&mut entry["instance"])?;
+                }
+            }
+            None => self.let_run(&mut reply.body)?,
+        }
+        Ok(reply)
+    }
+
+    /// Asks for forks. Where a fork's guest cannot be told that it is one, the server refuses forks that would run, and says
+    /// that they can begin Paused: that is asked for then.
+    pub(super) fn ask_for_forks(&self, path: &str, request: Value) -> Result<Asked, Failure> {
+        let path = self.path(path);
+        let mut request = self.way.request(request);
+        let reply = self.client.post(&path, request.clone())?;
+        let would_run = request["target_state"].is_null() || request["target_state"] == "Running";
+        let begins_paused = !self.hypervisor.tells_identity && would_run && reply.status == 400;
+        if !begins_paused {
+            return Ok(Asked { reply, begins_paused });
+        }
+        request["target_state"] = json!("Paused");
+        let reply = self.client.post(&path, request)?;
+        Ok(Asked { reply, begins_paused })
+    }
+
+    /// Lets a fork run that began paused, as its user would; it is shown as it is then, with the timings of the fork. One that
+    /// does not come to it stays as it was shown.
+    fn let_run(&self, fork: &mut Value) -> Result<(), Failure> {
+        let id = fork["id"].as_str().unwrap_or_default();
+        let resumed = self
             .client
-            .post(&self.path("/forks"), self.way.request(request))?)
+            .post(&format!("/instances/{id}/resume"), Value::Null)?;
+        if resumed.status == 200 {
+            let timings = fork["timings"].take();
+            *fork = resumed.body;
+            fork["timings"] = timings;
+        }
+        Ok(())
     }
 
     /// Asks for many forks at once, all of which have to work.
@@ -211,6 +287,14 @@ impl Vm {
             id,
             name: text("name"),
             way: self.way,
+            hypervisor: Arc::clone(&self.hypervisor),
         })
     }
+}
+
+/// An answer to a request for forks, and whether they begin paused although they are to run.
+#[derive(Debug)]
+pub(super) struct Asked {
+    reply: Reply,
+    begins_paused: bool,
 }

@@ -1,6 +1,7 @@
 //! What a scenario has: a server of its own, and ways to make instances of the test guest on it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -9,6 +10,7 @@ use super::vm::Vm;
 use super::way::Way;
 use crate::build::Built;
 use crate::client::{Client, Reply};
+use crate::hypervisor::Hypervisor;
 use crate::report;
 use crate::server::Server;
 
@@ -23,30 +25,78 @@ pub(super) struct World {
     pub(super) client: Client,
     pub(super) stencil: PathBuf,
     pub(super) kernel: PathBuf,
-    hypervisor: String,
+    pub(super) hypervisor: Arc<Hypervisor>,
     way: Way,
 }
 
 impl World {
-    pub(super) fn new(built: &Built, hypervisor: &str, way: Way) -> Result<Self, Failure> {
-        let server = Server::start_with(&built.stencil, way.options())?;
+    pub(super) fn new(built: &Built, hypervisor: &Arc<Hypervisor>, way: Way) -> Result<Self, Failure> {
+        let options = [hypervisor.serve_options.clone(), way.options()].concat();
+        let server = Server::start_with(&built.stencil, options)?;
         let client = server.client();
         Ok(Self {
             server,
             client,
             stencil: built.stencil.clone(),
             kernel: built.guest.clone(),
-            hypervisor: hypervisor.to_owned(),
+            hypervisor: Arc::clone(hypervisor),
             way,
         })
     }
 
-    /// The body of a create request for the test guest, which says when it is ready.
+    /// The body of a create request for the test guest. It says when it is ready, after each restore too, which takes that
+    /// it is told of it.
     pub(super) fn request(&self, name: &str) -> Value {
+        let readiness = if self.hypervisor.tells_identity {
+            json!({"console": "ready epoch="})
+        } else {
+            json!("none")
+        };
         json!({
-            "name": name, "hypervisor": self.hypervisor, "kernel": self.kernel, "memory": MEMORY,
-            "readiness": {"console": "ready epoch="},
+            "name": name, "hypervisor": self.hypervisor.name, "kernel": self.kernel, "memory": MEMORY,
+            "readiness": readiness,
         })
+    }
+
+    /// The scenario is about guests that are told who they are.
+    pub(super) fn needs_identity(&self) -> Result<(), Failure> {
+        self.needs(
+            self.hypervisor.tells_identity,
+            "does not tell a fork's guest that it is a new machine",
+        )
+    }
+
+    /// The scenario is about VMMs that stay when their guest has powered off or died.
+    pub(super) fn needs_shutdown(&self) -> Result<(), Failure> {
+        self.needs(
+            self.hypervisor.outlives_guest,
+            "does not outlive its guest, so that no instance is Shutdown",
+        )
+    }
+
+    /// The state of an instance whose guest has powered off.
+    pub(super) fn when_down(&self) -> &'static str {
+        if self.hypervisor.outlives_guest {
+            "Shutdown"
+        } else {
+            "Stopped"
+        }
+    }
+
+    /// The scenario is about this memory mode, or what rests on it.
+    pub(super) fn needs_mode(&self, mode: &str) -> Result<(), Failure> {
+        self.needs(self.has_mode(mode), &format!("has no memory mode {mode}"))
+    }
+
+    pub(super) fn has_mode(&self, mode: &str) -> bool {
+        self.hypervisor.memory_modes.iter().any(|has| has == mode)
+    }
+
+    fn needs(&self, able: bool, lack: &str) -> Result<(), Failure> {
+        if able {
+            return Ok(());
+        }
+        Err(Failure::Skipped(format!("{} {lack}", self.hypervisor.name)))
     }
 
     /// The same, with fields added or replaced.
@@ -77,6 +127,7 @@ impl World {
                 id,
                 name,
                 self.way,
+                Arc::clone(&self.hypervisor),
             )),
             _ => Err(Failure::Unexpected {
                 what: "an instance".to_owned(),

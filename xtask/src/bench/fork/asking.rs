@@ -150,7 +150,7 @@ pub(super) fn ask(world: &World, template: &str, number: u32, watch: Watch) -> R
     })
 }
 
-fn phases(instance: &Value) -> Vec<(String, f64)> {
+pub(super) fn phases(instance: &Value) -> Vec<(String, f64)> {
     let phases = instance["timings"]["phases"].as_array().into_iter().flatten();
     let phases =
         phases.filter_map(|phase| Some((phase["name"].as_str()?.to_owned(), phase["us"].as_f64()? / 1e3)));

@@ -1,6 +1,7 @@
 //! A server of its own, with templates whose hot pages are known.
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -47,7 +48,12 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn start(built: &Built) -> Result<Self, BenchError> {
-        let server = Server::start_in(place(), &built.stencil, &[])?;
+        Self::start_with(built, Vec::new())
+    }
+
+    /// The same, with options of `stencil serve`.
+    pub(super) fn start_with(built: &Built, options: Vec<OsString>) -> Result<Self, BenchError> {
+        let server = Server::start_in(place(), &built.stencil, options)?;
         Ok(Self {
             client: server.client(),
             guest: built.guest.clone(),
@@ -83,10 +89,21 @@ impl World {
         let recording = recording["id"].as_str().unwrap_or_default();
         // Pausing it closes its recording.
         self.act(recording, "pause")?;
-        self.until(&format!("the list of hot pages of {name}"), || {
-            Ok(self.get(name)?["hot_pages"] == true)
-        })?;
+        self.until_hot_pages(name)?;
         self.delete(&[recording.to_owned()])
+    }
+
+    /// Boots an instance on a hypervisor; its guest is not asked whether it is ready.
+    pub(super) fn boot(&self, name: &str, hypervisor: &str, memory: u64) -> Result<(), BenchError> {
+        let create = json!({"name": name, "hypervisor": hypervisor, "kernel": self.guest, "memory": memory});
+        self.expect(self.client.post("/instances", create)?).map(drop)
+    }
+
+    /// Waits until the hot pages of a template are known.
+    pub(super) fn until_hot_pages(&self, template: &str) -> Result<(), BenchError> {
+        self.until(&format!("the list of hot pages of {template}"), || {
+            Ok(self.get(template)?["hot_pages"] == true)
+        })
     }
 
     /// Keeps `count` forks of a template prepared, and waits until they are.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::BenchError;
 use super::template::{SWEEPS, SWEPT};
-use super::vmm::Vmm;
+use crate::vmm::Vmm;
 
 /// Which memory the snapshot holds; a list of hot pages belongs to it.
 const MEMORY_GENERATION: &str = "00112233445566778899aabbccddeeff";
@@ -111,7 +111,7 @@ impl Restores {
             return Err(BenchError::NothingRecorded { log: vmm.log() });
         }
         self.right = said;
-        vmm.finish()
+        Ok(vmm.finish()?)
     }
 
     /// Measures one restore in a way.

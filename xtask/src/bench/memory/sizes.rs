@@ -9,8 +9,8 @@ use serde_json::json;
 use super::BenchError;
 use super::restores::Way;
 use super::template::{self, MIB};
-use super::vmm::Vmm;
 use crate::build::BuiltVmm;
+use crate::vmm::Vmm;
 
 /// The two sizes, in bytes.
 pub(super) const SMALL: u64 = 128 * MIB;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::BenchError;
-use super::vmm::Vmm;
 use crate::build::BuiltVmm;
+use crate::vmm::Vmm;
 
 pub(super) const MIB: u64 = 1 << 20;
 
@@ -55,7 +55,7 @@ pub(super) fn snapshot(vmm: &Vmm, directory: &Path) -> Result<(), BenchError> {
         source,
     })?;
     let url = format!("file://{}", directory.display());
-    vmm.put("vm.snapshot", json!({"destination_url": url}))
+    Ok(vmm.put("vm.snapshot", json!({"destination_url": url}))?)
 }
 
 /// Makes the snapshot whose restores are measured: no page of the area is a hole, and the guest does its work as soon as

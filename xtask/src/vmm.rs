@@ -1,4 +1,5 @@
-//! One `stencil-microvm` process, driven over its REST socket without a server, in a directory of its own.
+//! One process of a VMM, driven over its REST socket without a server, in a directory of its own. The microVM and Cloud
+//! Hypervisor speak the same REST contract.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -14,16 +15,52 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 use serde_json::Value;
 
-use super::BenchError;
-use crate::client::{Body, Client, Reply};
+use crate::client::{Body, Client, ClientError, Reply};
 use crate::processes;
 
 /// How long a guest may take to answer; filling its memory takes a second or two.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A VMM did not do as it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmmError {
+    #[error("could not {what} {}", path.display())]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("{call} was answered with {status}: {message}; the VMM said:\n{log}")]
+    Refused {
+        call: String,
+        status: u16,
+        message: String,
+        log: String,
+    },
+    #[error(
+        "the guest did not print `{wanted}` {count} times in {seconds} s; it printed:\n{printed}\nthe VMM said:\n{log}"
+    )]
+    Silent {
+        wanted: &'static str,
+        count: usize,
+        seconds: u64,
+        printed: String,
+        log: String,
+    },
+    #[error("the guest's input did not arrive: {arrived} of {sent} bytes")]
+    InputLost { arrived: u64, sent: u64 },
+    #[error("{path} does not say `{field}` of the VMM", path = path.display())]
+    NoFigure { path: PathBuf, field: &'static str },
+    #[error("could not watch for what guests print")]
+    Watch(#[from] Errno),
+}
+
 /// A VMM; it is ended when this is dropped.
 #[derive(Debug)]
-pub(super) struct Vmm {
+pub(crate) struct Vmm {
     process: Child,
     directory: PathBuf,
     client: Client,
@@ -32,32 +69,39 @@ pub(super) struct Vmm {
 
 /// What the process has cost so far.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Footprint {
+pub(crate) struct Footprint {
     /// Page faults of the process, those of its guest that the host had to answer with them.
-    pub(super) faults: u64,
+    pub(crate) faults: u64,
     /// Memory that it shares with nobody, written by it or copied for it. Clean pages of a mapped file are not in it.
-    pub(super) private_bytes: u64,
+    pub(crate) private_bytes: u64,
 }
 
 impl Vmm {
-    /// Starts one as Stencil does, its socket as its standard input, in a new directory.
-    pub(super) fn start(binary: &Path, directory: PathBuf) -> Result<Self, BenchError> {
+    /// Starts one as Stencil does, its socket as its standard input, in a new directory. What it prints, which of Cloud
+    /// Hypervisor is its guest's console, goes to `console.log`.
+    pub(crate) fn start(binary: &Path, directory: PathBuf) -> Result<Self, VmmError> {
         let io = |what, path: &Path| {
             let path = path.to_owned();
-            move |source| BenchError::Io { what, path, source }
+            move |source| VmmError::Io { what, path, source }
         };
         fs::create_dir(&directory).map_err(io("make", &directory))?;
         let socket = directory.join("vmm.sock");
         let listener = UnixListener::bind(&socket).map_err(io("bind", &socket))?;
         let log = directory.join("vmm.log");
         let log_file = File::create(&log).map_err(io("make", &log))?;
+        let console = directory.join("console.log");
+        let printed = File::options()
+            .create(true)
+            .append(true)
+            .open(&console)
+            .map_err(io("make", &console))?;
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&inotify, &directory, WatchFlags::CREATE | WatchFlags::MODIFY)?;
         let process = Command::new(binary)
             .args(["--api-socket", "fd=0"])
             .current_dir(&directory)
             .stdin(Stdio::from(OwnedFd::from(listener)))
-            .stdout(Stdio::null())
+            .stdout(printed)
             .stderr(log_file)
             .env("RUST_LOG", "info")
             .spawn()
@@ -74,16 +118,16 @@ impl Vmm {
     }
 
     /// Its directory.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.directory
     }
 
-    pub(super) fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.directory.join("vmm.log")).unwrap_or_default()
     }
 
     /// A call that changes something.
-    pub(super) fn put(&self, call: &str, body: Value) -> Result<(), BenchError> {
+    pub(crate) fn put(&self, call: &str, body: Value) -> Result<(), VmmError> {
         let body = if body.is_null() {
             Body::Nothing
         } else {
@@ -93,16 +137,16 @@ impl Vmm {
         self.expect(reply).map(drop)
     }
 
-    pub(super) fn get(&self, call: &str) -> Result<Value, BenchError> {
+    pub(crate) fn get(&self, call: &str) -> Result<Value, VmmError> {
         let reply = self.client.get(&format!("/api/v1/{call}"))?;
         self.expect(reply)
     }
 
-    fn expect(&self, reply: Reply) -> Result<Value, BenchError> {
+    fn expect(&self, reply: Reply) -> Result<Value, VmmError> {
         if (200..300).contains(&reply.status) {
             return Ok(reply.body);
         }
-        Err(BenchError::Refused {
+        Err(VmmError::Refused {
             call: reply.call,
             status: reply.status,
             message: reply.body.to_string(),
@@ -111,16 +155,16 @@ impl Vmm {
     }
 
     /// A counter of `vm.counters`; 0 where the device or the counter is not there.
-    pub(super) fn counter(&self, device: &str, name: &str) -> Result<u64, BenchError> {
+    pub(crate) fn counter(&self, device: &str, name: &str) -> Result<u64, VmmError> {
         Ok(self.get("vm.counters")?[device][name].as_u64().unwrap_or(0))
     }
 
     /// Sends lines to the guest's console, and waits until the serial port has them; the guest need not run.
-    pub(super) fn send(&self, input: &str) -> Result<(), BenchError> {
+    pub(crate) fn send(&self, input: &str) -> Result<(), VmmError> {
         let path = self.directory.join("console.sock");
         let io = |what| {
             let path = path.clone();
-            move |source| BenchError::Io { what, path, source }
+            move |source| VmmError::Io { what, path, source }
         };
         let before = self.counter("serial", "bytes_in")?;
         let mut console = UnixStream::connect(&path).map_err(io("connect to"))?;
@@ -132,17 +176,17 @@ impl Vmm {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(BenchError::InputLost { arrived, sent });
+                return Err(VmmError::InputLost { arrived, sent });
             }
         }
     }
 
     /// Waits until the guest has printed `count` lines that begin with `wanted`; when that was seen, and the lines.
-    pub(super) fn wait_for(
+    pub(crate) fn wait_for(
         &self,
         wanted: &'static str,
         count: usize,
-    ) -> Result<(Instant, Vec<String>), BenchError> {
+    ) -> Result<(Instant, Vec<String>), VmmError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let printed = fs::read_to_string(self.directory.join("console.log")).unwrap_or_default();
@@ -154,7 +198,7 @@ impl Vmm {
                 return Ok((seen, lines));
             }
             if !processes::readable_by(&self.inotify, deadline)? {
-                return Err(BenchError::Silent {
+                return Err(VmmError::Silent {
                     wanted,
                     count,
                     seconds: PATIENCE.as_secs(),
@@ -167,7 +211,7 @@ impl Vmm {
     }
 
     /// What happened before the log is read need not be told again.
-    fn forget_events(&self) -> Result<(), BenchError> {
+    fn forget_events(&self) -> Result<(), VmmError> {
         let mut buffer = [MaybeUninit::uninit(); 4 << 10];
         let mut events = inotify::Reader::new(&self.inotify, &mut buffer);
         loop {
@@ -180,16 +224,16 @@ impl Vmm {
         }
     }
 
-    pub(super) fn footprint(&self) -> Result<Footprint, BenchError> {
+    pub(crate) fn footprint(&self) -> Result<Footprint, VmmError> {
         let process = PathBuf::from(format!("/proc/{}", self.process.id()));
         let read = |name: &str| {
             let path = process.join(name);
-            let text = fs::read_to_string(&path).map_err(|source| BenchError::Io {
+            let text = fs::read_to_string(&path).map_err(|source| VmmError::Io {
                 what: "read",
                 path: path.clone(),
                 source,
             })?;
-            Ok::<_, BenchError>((path, text))
+            Ok::<_, VmmError>((path, text))
         };
         let (path, stat) = read("stat")?;
         // proc_pid_stat(5): fields 10 and 12; the name, field 2, is in parentheses and may hold anything.
@@ -200,7 +244,7 @@ impl Vmm {
         let minor = fields.nth(7).and_then(|field| field.parse::<u64>().ok());
         let major = fields.nth(1).and_then(|field| field.parse::<u64>().ok());
         let (Some(minor), Some(major)) = (minor, major) else {
-            return Err(BenchError::NoFigure {
+            return Err(VmmError::NoFigure {
                 path,
                 field: "minflt",
             });
@@ -211,7 +255,7 @@ impl Vmm {
             .find_map(|line| line.strip_prefix("Private_Dirty:"));
         let kibibytes = dirty.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
         let Some(kibibytes) = kibibytes else {
-            return Err(BenchError::NoFigure {
+            return Err(VmmError::NoFigure {
                 path,
                 field: "Private_Dirty",
             });
@@ -223,10 +267,10 @@ impl Vmm {
     }
 
     /// Ends it, and removes its directory.
-    pub(super) fn finish(mut self) -> Result<(), BenchError> {
+    pub(crate) fn finish(mut self) -> Result<(), VmmError> {
         let failed = |what| {
             let path = self.directory.clone();
-            move |source| BenchError::Io { what, path, source }
+            move |source| VmmError::Io { what, path, source }
         };
         self.process.kill().map_err(failed("end the VMM in"))?;
         self.process.wait().map_err(failed("wait for the VMM in"))?;
