@@ -1,5 +1,6 @@
 //! The typed client: one method for each route, over the server's Unix socket.
 
+mod exec;
 mod images;
 
 use std::io;
@@ -17,6 +18,8 @@ use hyperlocal::{UnixConnector, Uri};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub use self::exec::{CommandEvent, CommandInput, CommandOutput};
 
 use crate::ErrorBody;
 use crate::reply::{ForkList, Health, HypervisorList, Instance, InstanceList, Version, Waited};
@@ -344,12 +347,16 @@ impl Client {
         let request = request
             .body(Full::new(body))
             .map_err(|source| self.broken(source))?;
+        self.request(request).await
+    }
+
+    async fn request(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
         let reply = self
             .http
             .request(request)
             .await
             .map_err(|error| self.unreachable(error))?;
-        if reply.status().is_success() {
+        if reply.status().is_success() || reply.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(reply);
         }
         let (status, body) = self.collect(reply).await?;

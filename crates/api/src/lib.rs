@@ -8,6 +8,7 @@
 //! | `routes` | the table of routes |
 //! | `handlers` | what each route does with the engine |
 //! | [`request`], [`reply`] | what goes over the wire, for the server and the client alike |
+//! | [`exec`] | the same of commands in a guest, and what is said on their WebSocket |
 //! | [`memory_size`], [`timeout`] | sizes and times as people write them |
 //! | `body` | reads requests: bounded, strict, and polite to those who send too much |
 //! | `error` | the one place where an engine's error becomes a status, a code and a message |
@@ -39,6 +40,7 @@ mod body;
 pub mod client;
 mod closing;
 mod error;
+pub mod exec;
 mod handlers;
 mod log;
 pub mod memory_size;

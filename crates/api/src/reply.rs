@@ -3,6 +3,8 @@
 mod images;
 mod observed;
 
+pub(crate) use self::observed::micros;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -13,6 +15,7 @@ use stencil_core::{
 };
 
 use crate::ErrorBody;
+use crate::exec::CommandResult;
 
 /// One instance, as it was observed.
 ///
@@ -201,6 +204,22 @@ pub struct ForkEntry {
     /// The fork, or why there is none.
     #[serde(flatten)]
     pub outcome: ForkOutcome,
+    /// What came of the command that was to be run in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ForkExec>,
+    /// Whether it was deleted afterwards; only where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleted: Option<bool>,
+}
+
+/// What came of the command in a fork: `{result}` or `{error}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForkExec {
+    /// It ended.
+    Result(Box<CommandResult>),
+    /// It was not run, or is lost.
+    Error(ErrorBody),
 }
 
 /// The fork, or why there is none.

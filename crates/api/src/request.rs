@@ -7,6 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use stencil_core::{ForkRequest, HypervisorName, ImageName, InstanceName, MemoryMode, Readiness, State};
 use stencil_engine::{CreateRequest, Filter, ForksRequest, ImageRequest};
 
+use crate::error::ApiError;
+use crate::exec::RunCommand;
 use crate::memory_size::MemorySize;
 use crate::timeout::Timeout;
 
@@ -221,6 +223,12 @@ pub struct ForkMany {
     /// As in [`ForkOne`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mode: Option<MemoryMode>,
+    /// What is run in each fork as soon as it is Running; nothing when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<RunCommand>,
+    /// Whether each fork is deleted when its command has ended, or could not be run.
+    #[serde(default)]
+    pub delete_after: bool,
 }
 
 impl ForkMany {
@@ -233,21 +241,24 @@ impl ForkMany {
             from_running: false,
             target_state: None,
             memory_mode: None,
+            exec: None,
+            delete_after: false,
         }
     }
-}
 
-impl From<ForkMany> for ForksRequest {
-    fn from(asked: ForkMany) -> Self {
-        Self {
-            count: asked.count,
-            name_prefix: asked.name_prefix,
+    /// As the engine takes it.
+    pub(crate) fn request(self) -> Result<ForksRequest, ApiError> {
+        Ok(ForksRequest {
+            count: self.count,
+            name_prefix: self.name_prefix,
             fork: ForkRequest {
-                from_running: asked.from_running,
-                target_state: asked.target_state,
-                memory_mode: asked.memory_mode,
+                from_running: self.from_running,
+                target_state: self.target_state,
+                memory_mode: self.memory_mode,
             },
-        }
+            exec: self.exec.map(RunCommand::request).transpose()?,
+            delete_after: self.delete_after,
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use stencil_engine::Engine;
 
 use crate::closing::Closing;
 use crate::error::ApiError;
-use crate::handlers::{console, forks, images, instances, lifecycle, service, wait};
+use crate::handlers::{console, exec, forks, images, instances, lifecycle, service, wait};
 use crate::log;
 
 /// What handlers work with.
@@ -60,6 +60,7 @@ pub(crate) fn router(app: App) -> Router {
         .route("/instances/{id}/fork", post(forks::one))
         .route("/instances/{id}/forks", post(forks::many))
         .route("/instances/{id}/wait", get(wait::wait))
+        .route("/instances/{id}/exec", get(exec::stream).post(exec::run))
         .route("/instances/{id}/console", get(console::read).post(console::write))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)

@@ -5,7 +5,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// How long a wait may take: at most [`Timeout::MOST`].
 ///
@@ -17,8 +18,8 @@ use serde::{Deserialize, Serialize};
 /// assert_eq!(timeout.duration(), Duration::from_secs(90));
 /// # Ok::<(), stencil_api::timeout::TimeoutError>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "String")]
 pub struct Timeout(Duration);
 
 impl Timeout {
@@ -82,11 +83,27 @@ impl TryFrom<Duration> for Timeout {
     }
 }
 
-impl TryFrom<String> for Timeout {
-    type Error = TimeoutError;
+impl<'de> Deserialize<'de> for Timeout {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TimeVisitor)
+    }
+}
 
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
+struct TimeVisitor;
+
+impl Visitor<'_> for TimeVisitor {
+    type Value = Timeout;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a time: a whole number of seconds, or a text such as \"500ms\"")
+    }
+
+    fn visit_u64<E: de::Error>(self, seconds: u64) -> Result<Timeout, E> {
+        Duration::from_secs(seconds).try_into().map_err(E::custom)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Timeout, E> {
+        text.parse().map_err(E::custom)
     }
 }
 

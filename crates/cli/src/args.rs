@@ -76,6 +76,10 @@ pub(crate) enum ClientCommand {
     Fork(Fork),
     /// Delete instances
     Rm(Rm),
+    /// Run a command in an instance, by the agent in its guest
+    Exec(Exec),
+    /// Copy a file or directory into an instance or out of it, by the agent in its guest
+    Cp(Cp),
     /// Show what the guest printed, or give it input
     Console(Console),
     /// Wait until an instance is in a state
@@ -181,7 +185,7 @@ pub(crate) struct Create {
     #[arg(long, conflicts_with = "ready_text")]
     pub(crate) ready_agent: bool,
     /// Something to remember of it; can be given many times
-    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) labels: Vec<(String, String)>,
     /// Do not start it
     #[arg(long, conflicts_with = "wait")]
@@ -254,6 +258,15 @@ pub(crate) struct Fork {
     /// The state in which it begins [default: Running; Stopped for a Stopped source]
     #[arg(long, value_name = "STATE")]
     pub(crate) target_state: Option<State>,
+    /// Delete each fork when its command has ended
+    #[arg(long, requires = "cmd")]
+    pub(crate) rm: bool,
+    /// How long its command may take: seconds, or with a unit such as 500ms or 2m [default: 30s]
+    #[arg(long, value_name = "TIME", requires = "cmd")]
+    pub(crate) timeout: Option<Timeout>,
+    /// What is run in each fork, behind --
+    #[arg(last = true, value_name = "CMD", conflicts_with = "name")]
+    pub(crate) cmd: Vec<String>,
     /// How its memory comes back: cow, copy, uffd or ondemand
     #[arg(long, value_name = "MODE")]
     pub(crate) memory_mode: Option<MemoryMode>,
@@ -264,6 +277,38 @@ pub(crate) struct Rm {
     /// Their ids, names or id prefixes
     #[arg(required = true, value_name = "ID")]
     pub(crate) ids: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Exec {
+    /// Its id, its name, or a prefix that only its id has
+    pub(crate) id: String,
+    /// Pass the standard input also if it is a terminal
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) tty: bool,
+    /// Something in its environment; can be given many times
+    #[arg(short, long = "env", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Its working directory [default: /]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<String>,
+    /// Kill it after so long: seconds, or with a unit such as 500ms or 2m [default: never; with --json, 30s]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<Timeout>,
+    /// The program and its arguments, behind --
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) cmd: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Cp {
+    /// What is copied: a path, or NAME:PATH in an instance
+    pub(crate) from: String,
+    /// Where to: below it if it is a directory that is there, else under this name; one of both is NAME:PATH
+    pub(crate) to: String,
 }
 
 #[derive(Debug, clap::Args)]
@@ -293,10 +338,10 @@ pub(crate) struct Wait {
     pub(crate) timeout: Timeout,
 }
 
-fn label(text: &str) -> Result<(String, String), String> {
+fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("a label is KEY=VALUE".to_owned()),
+        _ => Err("it is KEY=VALUE".to_owned()),
     }
 }
 

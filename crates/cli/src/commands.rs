@@ -1,6 +1,8 @@
 //! The commands of a client: each is one call to the server, or a few.
 
 mod console;
+mod cp;
+mod exec;
 mod forks;
 mod images;
 mod instances;
@@ -52,6 +54,8 @@ async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result
             changed(client.change(&asked.id, &change).await?)
         }
         ClientCommand::Fork(asked) => forks::fork(asked, client, reader).await,
+        ClientCommand::Exec(asked) => exec::exec(asked, client, reader).await,
+        ClientCommand::Cp(asked) => cp::cp(asked, client).await,
         ClientCommand::Console(asked) => console::console(asked, client).await,
         ClientCommand::Image(asked) => images::run(asked, client, reader).await,
         ClientCommand::Version => version(client, reader).await,

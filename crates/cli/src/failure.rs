@@ -25,6 +25,15 @@ pub(crate) enum Failure {
     /// What failed was told one by one.
     #[error("{failed} of {all} failed")]
     SomeFailed { failed: usize, all: usize },
+    /// A command in a guest ended, and has told itself what it had to.
+    #[error("the command ended with {code}")]
+    Ended { code: u8 },
+    #[error("{0}")]
+    Copy(String),
+    #[error("cannot copy")]
+    Archive(#[source] io::Error),
+    #[error("cannot use the terminal")]
+    Terminal(#[source] io::Error),
     #[error("cannot read the standard input")]
     Input(#[source] io::Error),
     #[error("cannot write to the standard output")]
@@ -62,9 +71,27 @@ impl Failure {
         if matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
             return;
         }
+        if matches!(self, Self::Ended { .. }) {
+            return;
+        }
         eprintln!("error: {}", self.sentence());
         if json && let Self::Client(ClientError::Refused { body, .. }) = self {
             println!("{}", json!(body));
+        }
+    }
+
+    /// The exit code. Of a command in a guest that could not be started it is a shell's.
+    pub(crate) fn code(&self) -> u8 {
+        match self {
+            Self::Ended { code } => *code,
+            Self::Client(ClientError::Refused { body, .. }) if body.code == "not_executed" => {
+                match body.details.get("reason").and_then(|reason| reason.as_str()) {
+                    Some("not_found") => 127,
+                    Some("not_executable") => 126,
+                    _ => 1,
+                }
+            }
+            _ => 1,
         }
     }
 

@@ -6,16 +6,18 @@
 //!                └── commands ─── one call to the server each ── output: a table for people, JSON for programs
 //! ```
 //!
-//! Exit codes: 0 it was done, 1 it was refused or failed, 2 the command line was not understood.
+//! Exit codes: 0 it was done, 1 it was refused or failed, 2 the command line was not understood; of `exec` that of the command.
 
 mod args;
 mod commands;
 mod doctor;
 mod failure;
+mod input;
 mod output;
 mod place;
 mod serve;
 mod table;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -31,7 +33,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report(json);
-            ExitCode::FAILURE
+            ExitCode::from(failure.code())
         }
     }
 }

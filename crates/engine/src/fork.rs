@@ -14,7 +14,7 @@ use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::lifecycle::detached;
 use crate::registry::{Reservation, Slot};
-use crate::{Engine, EngineError, ForkRequest, ForksRequest, Instance};
+use crate::{Engine, EngineError, ExecOutput, ExecRequest, ForkRequest, ForksRequest, Instance};
 
 /// The most forks that one call makes.
 pub const MAX_FORKS_PER_CALL: u32 = 1024;
@@ -31,6 +31,17 @@ pub struct ForkOutcome {
     pub name: InstanceName,
     /// The fork, or why there is none.
     pub result: Result<Instance, EngineError>,
+    /// What came of the command that was to be run in it; absent where none was, or there is no fork.
+    pub work: Option<Work>,
+}
+
+/// What came of the command in a fork.
+#[derive(Debug)]
+pub struct Work {
+    /// Its result, or why there is none.
+    pub exec: Result<ExecOutput, EngineError>,
+    /// The fork was deleted after it.
+    pub deleted: bool,
 }
 
 impl Engine {
@@ -65,11 +76,13 @@ impl Engine {
         .await
     }
 
-    /// Forks an instance many times, all at once. Those that worked stay, whatever became of the others.
+    /// Forks an instance many times, all at once, and runs a command in each fork if it is asked to. Those that worked stay,
+    /// whatever became of the others.
     ///
     /// # Errors
     ///
-    /// [`EngineError::Refused`], [`EngineError::NoRoom`] and [`EngineError::Invalid`] if no fork could be tried.
+    /// [`EngineError::Refused`], [`EngineError::NoRoom`], [`EngineError::NoAgent`] and [`EngineError::Invalid`] if no fork
+    /// could be tried.
     pub async fn forks(&self, source: &str, request: ForksRequest) -> Result<Vec<ForkOutcome>, EngineError> {
         if request.count == 0 || request.count > MAX_FORKS_PER_CALL {
             return Err(EngineError::Invalid(format!(
@@ -78,6 +91,7 @@ impl Engine {
             )));
         }
         let source = self.inner.registry.find(source)?;
+        self.admit_work(&source, &request)?;
         let engine = self.clone();
         detached(async move {
             let stopwatch = Stopwatch::start(Operation::Fork);
@@ -85,16 +99,28 @@ impl Engine {
             let base = Arc::new(engine.fork_base(&source, request.fork, request.count).await?);
             let forks = reservations.into_iter().map(|reservation| {
                 let (engine, base, stopwatch) = (engine.clone(), Arc::clone(&base), stopwatch.clone());
+                let exec = request.exec.clone();
                 tokio::spawn(async move {
                     let name = reservation.name().clone();
                     let result = engine.make_fork(&base, reservation, stopwatch).await;
-                    ForkOutcome { name, result }
+                    // A source that ran waits for its forks, and not for what is run in them.
+                    let working = match (&result, exec) {
+                        (Ok(fork), Some(exec)) => {
+                            Some(tokio::spawn(engine.work(fork.id, exec, request.delete_after)))
+                        }
+                        _ => None,
+                    };
+                    let work = None;
+                    (ForkOutcome { name, result, work }, working)
                 })
             });
-            let (mut outcomes, mut panicked) = (Vec::new(), None);
+            let (mut outcomes, mut all_working, mut panicked) = (Vec::new(), Vec::new(), None);
             for fork in forks.collect::<Vec<_>>() {
                 match fork.await {
-                    Ok(outcome) => outcomes.push(outcome),
+                    Ok((outcome, working)) => {
+                        outcomes.push(outcome);
+                        all_working.push(working);
+                    }
                     Err(failed) => panicked = Some(failed.into_panic()),
                 }
             }
@@ -104,6 +130,13 @@ impl Engine {
                     .release(base, made.map(|outcome| outcome.name.clone()).collect())
                     .await?;
             }
+            for (outcome, working) in outcomes.iter_mut().zip(all_working) {
+                let Some(working) = working else { continue };
+                match working.await {
+                    Ok(work) => outcome.work = Some(work),
+                    Err(failed) => panicked = Some(failed.into_panic()),
+                }
+            }
             match panicked {
                 None => Ok(outcomes),
                 // Only now: a running source goes on all the same.
@@ -111,6 +144,53 @@ impl Engine {
             }
         })
         .await
+    }
+
+    /// Refuses a command that could be run in no fork, before anything is made.
+    fn admit_work(&self, source: &Slot, request: &ForksRequest) -> Result<(), EngineError> {
+        if request.exec.is_none() {
+            return if request.delete_after {
+                Err(EngineError::Invalid(
+                    "delete_after is for forks in which something is run; it takes an exec".to_owned(),
+                ))
+            } else {
+                Ok(())
+            };
+        }
+        if let Some(target) = request
+            .fork
+            .target_state
+            .filter(|target| *target != State::Running)
+        {
+            return Err(EngineError::Invalid(format!(
+                "target_state is {target}; forks in which something is run are to be Running"
+            )));
+        }
+        let name = self.read(&source.id)?.spec.hypervisor;
+        self.check_agent_port(source.id, &name)
+    }
+
+    /// Runs a command in a fork, and deletes the fork afterwards if that is asked for.
+    fn work(
+        &self,
+        fork: InstanceId,
+        request: ExecRequest,
+        delete_after: bool,
+    ) -> impl Future<Output = Work> + Send + 'static {
+        let engine = self.clone();
+        async move {
+            let fork = fork.to_string();
+            let exec = engine.exec(&fork, request).await;
+            let deleted = delete_after
+                && engine
+                    .delete(&fork)
+                    .await
+                    .inspect_err(|error| {
+                        tracing::error!(%fork, error = error_chain(error), "a fork could not be deleted after its work");
+                    })
+                    .is_ok();
+            Work { exec, deleted }
+        }
     }
 
     fn reserve_forks(

@@ -95,10 +95,12 @@ pub use armed::MAX_ARMED;
 pub use console::ConsoleStream;
 pub use engine::{Config, Engine};
 pub use error::EngineError;
-pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL};
+pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL, Work};
 pub use instance::{Armed, Instance, Timings};
 pub use limits::{Resource, Shortage};
 pub use requests::{CreateRequest, Filter, ForksRequest, ImageRequest};
-pub use stencil_agent::{End, Exec, ExecError, Output, TtySize, VERSION as AGENT_PROTOCOL};
+pub use stencil_agent::{
+    End, Exec, ExecError, Output, PROGRAM as AGENT_PROGRAM, TtySize, VERSION as AGENT_PROTOCOL,
+};
 pub use stencil_core::rules::ForkRequest;
 pub use wait::WaitOutcome;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use stencil_core::{HypervisorName, ImageName, InstanceName, Readiness, State};
 
-use crate::ForkRequest;
+use crate::{ExecRequest, ForkRequest};
 
 /// A new instance. [`Engine::create`](crate::Engine::create) checks it against the host.
 #[derive(Clone, Debug)]
@@ -58,6 +58,10 @@ pub struct ForksRequest {
     pub name_prefix: Option<InstanceName>,
     /// What each fork is to be.
     pub fork: ForkRequest,
+    /// What is run in each fork as soon as it is Running.
+    pub exec: Option<ExecRequest>,
+    /// Each fork is deleted when its command has ended, or could not be run; only with `exec`.
+    pub delete_after: bool,
 }
 
 /// Which instances a list shows; all of them by default.

@@ -23,6 +23,11 @@ use stencil_engine::{CreateRequest, EngineError, Filter, ForkRequest, ForksReque
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What comes of it, which must not take longer than anybody would wait.
+async fn within<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, work).await.unwrap()
+}
+
 fn kill(pid: u32) {
     assert!(
         Command::new("kill")
@@ -38,6 +43,8 @@ fn forks(count: u32) -> ForksRequest {
         count,
         name_prefix: None,
         fork: ForkRequest::default(),
+        exec: None,
+        delete_after: false,
     }
 }
 

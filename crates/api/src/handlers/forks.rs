@@ -2,11 +2,12 @@
 
 use axum::extract::State;
 use axum::http::StatusCode;
+use stencil_core::InstanceName;
 use stencil_engine::Engine;
 
 use crate::body::{Json, MaybeJson, Reference};
 use crate::error::ApiError;
-use crate::reply::{ForkEntry, ForkList, ForkOutcome, Instance};
+use crate::reply::{ForkEntry, ForkExec, ForkList, ForkOutcome, Instance};
 use crate::request::{ForkMany, ForkOne};
 
 pub(crate) async fn one(
@@ -24,37 +25,62 @@ pub(crate) async fn many(
     Reference(id): Reference,
     Json(asked): Json<ForkMany>,
 ) -> Result<(StatusCode, axum::Json<ForkList>), ApiError> {
-    let outcomes = engine.forks(&id, asked.into()).await?;
+    let delete_after = asked.delete_after;
+    let outcomes = engine.forks(&id, asked.request()?).await?;
     let results = outcomes
         .into_iter()
-        .map(|outcome| {
-            (
-                outcome.name,
-                outcome.result.map(Instance::from).map_err(ApiError::from),
-            )
+        .map(|outcome| Forked {
+            name: outcome.name,
+            result: outcome.result.map(Instance::from).map_err(ApiError::from),
+            deleted: outcome
+                .work
+                .as_ref()
+                .map(|work| work.deleted)
+                .filter(|_| delete_after),
+            exec: outcome.work.map(|work| match work.exec {
+                Ok(output) => ForkExec::Result(Box::new(output.into())),
+                Err(error) => ForkExec::Error(*ApiError::from(error).body),
+            }),
         })
         .collect();
     answer(results)
 }
 
-type Forked = (stencil_core::InstanceName, Result<Instance, ApiError>);
+struct Forked {
+    name: InstanceName,
+    result: Result<Instance, ApiError>,
+    exec: Option<ForkExec>,
+    deleted: Option<bool>,
+}
 
-/// 201 if all worked, 207 with an entry for each if some did, the first error if none did.
+impl Forked {
+    /// All that was asked for was done, whatever the command's exit code is.
+    fn worked(&self) -> bool {
+        self.result.is_ok() && !matches!(self.exec, Some(ForkExec::Error(_))) && self.deleted != Some(false)
+    }
+}
+
+/// 201 if all worked, 207 with an entry for each if some did or there are forks, the first error if there is none.
 fn answer(results: Vec<Forked>) -> Result<(StatusCode, axum::Json<ForkList>), ApiError> {
-    let made = results.iter().filter(|(_, result)| result.is_ok()).count();
-    let status = if made == results.len() {
+    let made = results.iter().any(|forked| forked.result.is_ok());
+    let status = if results.iter().all(Forked::worked) {
         StatusCode::CREATED
     } else {
         StatusCode::MULTI_STATUS
     };
     let mut forks = Vec::with_capacity(results.len());
-    for (name, result) in results {
-        let outcome = match result {
+    for forked in results {
+        let outcome = match forked.result {
             Ok(instance) => ForkOutcome::Instance(Box::new(instance)),
-            Err(error) if made == 0 => return Err(error),
+            Err(error) if !made => return Err(error),
             Err(error) => ForkOutcome::Error(*error.body),
         };
-        forks.push(ForkEntry { name, outcome });
+        forks.push(ForkEntry {
+            name: forked.name,
+            outcome,
+            exec: forked.exec,
+            deleted: forked.deleted,
+        });
     }
     Ok((status, axum::Json(ForkList { forks })))
 }
@@ -72,9 +98,18 @@ mod tests {
         Ok(serde_json::from_value(instance).unwrap())
     }
 
+    fn forked(number: u32, result: Result<Instance, ApiError>) -> Forked {
+        Forked {
+            name: format!("web-{number}").parse().unwrap(),
+            result,
+            exec: None,
+            deleted: None,
+        }
+    }
+
     fn answered<const N: usize>(results: [Result<Instance, ApiError>; N]) -> (u16, Vec<bool>) {
-        let names = (1..).map(|number| format!("web-{number}").parse().unwrap());
-        let (status, list) = answer(names.zip(results).collect()).unwrap();
+        let results = (1..).zip(results).map(|(number, result)| forked(number, result));
+        let (status, list) = answer(results.collect()).unwrap();
         let made = list
             .0
             .forks
@@ -97,9 +132,23 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_for_each_if_a_command_could_not_be_run() {
+        let lost = Forked {
+            exec: Some(ForkExec::Error(*ApiError::invalid("lost").body)),
+            deleted: Some(true),
+            ..forked(1, made())
+        };
+        let (status, list) = answer(vec![lost]).unwrap();
+        assert_eq!(status.as_u16(), 207);
+        let entry = serde_json::to_value(&list.0.forks[0]).unwrap();
+        assert_eq!(entry["exec"]["error"]["message"], "lost");
+        assert_eq!(entry["instance"]["state"], "Running");
+        assert_eq!(entry["deleted"], true);
+    }
+
+    #[test]
     fn the_error_if_none_worked() {
-        let name = || "web-1".parse().unwrap();
-        let error = answer(vec![(name(), failed()), (name(), failed())]).unwrap_err();
+        let error = answer(vec![forked(1, failed()), forked(2, failed())]).unwrap_err();
         assert_eq!(
             (error.status.as_u16(), error.body.message.as_str()),
             (400, "it failed")

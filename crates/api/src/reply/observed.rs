@@ -138,7 +138,7 @@ impl From<stencil_engine::Timings> for Timings {
 }
 
 /// Whole microseconds; half a million years fit.
-fn micros(duration: Duration) -> u64 {
+pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -287,6 +287,8 @@ mod tests {
         let entry = ForkEntry {
             name: "warm-1".parse().unwrap(),
             outcome: ForkOutcome::Instance(Box::new(seen(State::Running, Some(metadata())).into())),
+            exec: None,
+            deleted: None,
         };
         let json = serde_json::to_value(&entry).unwrap();
         assert_eq!(json["instance"]["name"], "warm");

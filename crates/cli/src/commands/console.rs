@@ -1,19 +1,14 @@
 //! `stencil console`: what the guest printed, and input for it.
 
-use std::io::{self, Read};
-
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use stencil_api::client::{Client, ClientError};
 use stencil_api::request::ReadConsole;
-use tokio::sync::mpsc;
 
 use crate::args::Console;
 use crate::failure::Failure;
+use crate::input::standard_input;
 use crate::output;
-
-/// Bytes of the standard input that are sent at a time; far below what the server takes.
-const CHUNK: usize = 64 << 10;
 
 pub(super) async fn console(asked: Console, client: &Client) -> Result<(), Failure> {
     let Some(text) = asked.send else {
@@ -51,25 +46,4 @@ async fn send(id: &str, text: String, client: &Client) -> Result<(), Failure> {
         client.console_write(id, chunk.map_err(Failure::Input)?).await?;
     }
     Ok(())
-}
-
-/// The standard input, chunk by chunk. It is read by a thread of its own, for a read cannot be given up.
-fn standard_input() -> mpsc::Receiver<io::Result<Bytes>> {
-    let (sender, receiver) = mpsc::channel(1);
-    std::thread::spawn(move || {
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            let read = match io::stdin().read(&mut chunk) {
-                Ok(0) => return,
-                Ok(read) => Ok(Bytes::copy_from_slice(&chunk[..read])),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => Err(error),
-            };
-            let failed = read.is_err();
-            if sender.blocking_send(read).is_err() || failed {
-                return;
-            }
-        }
-    });
-    receiver
 }

@@ -9,6 +9,8 @@
 
 mod client;
 mod doctor;
+mod exec;
+mod hosted;
 mod promises;
 mod serve;
 mod stencil;

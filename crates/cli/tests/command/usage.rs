@@ -32,7 +32,7 @@ fn what_is_not_understood_exits_with_2_and_says_why() {
         (&["create", "--kernel", "k", "--vcpus", "many"], "invalid digit"),
         (
             &["create", "--kernel", "k", "--label", "nonsense"],
-            "a label is KEY=VALUE",
+            "it is KEY=VALUE",
         ),
         (
             &["create", "--kernel", "k", "--no-start", "--wait"],

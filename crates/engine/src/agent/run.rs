@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use stencil_agent::{Exec, ExecError, Output};
 use stencil_core::rules::{self, Operation};
-use stencil_core::{InstanceId, State};
+use stencil_core::{HypervisorName, InstanceId, State};
+use tokio::time::timeout;
 
 use super::conversation::NotOpened;
 use super::session::{ExecEvent, ExecSession, Exited};
@@ -16,6 +17,11 @@ use crate::{Engine, EngineError};
 
 /// The most bytes of each output of a command that are kept in its result.
 pub const MAX_CAPTURED: usize = 1 << 20;
+
+/// How long an agent may take to begin a command: it has to fork.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long after a command's time is over its end may come: the agent ends it.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an agent that has not answered yet is waited for: a server that was just started may still be connecting.
 const AGENT_WAIT: Duration = Duration::from_secs(1);
@@ -76,13 +82,10 @@ impl Engine {
     pub async fn agent(&self, reference: &str) -> Result<Agent, EngineError> {
         let slot = self.inner.registry.find(reference)?;
         let id = slot.id;
-        let no_agent = |why: String| EngineError::NoAgent { id, why };
         let seen = self.observe(&slot).await?;
-        let name = &seen.metadata.spec.hypervisor;
-        if seen.state() != State::Unknown && !self.hypervisor(name)?.capabilities().agent {
-            return Err(no_agent(format!(
-                "{name} gives its guests no port for one: create the instance on a hypervisor that does"
-            )));
+        // Of one whose hypervisor is not offered here, its state tells more.
+        if seen.state() != State::Unknown {
+            self.check_agent_port(id, &seen.metadata.spec.hypervisor)?;
         }
         rules::decide(Operation::Exec, seen.state(), &[])?;
         let gone = || EngineError::AgentLost {
@@ -93,15 +96,32 @@ impl Engine {
         let link = running.agent.as_ref().ok_or_else(gone)?;
         match link.settled(AGENT_WAIT).await {
             AgentState::Ready => Ok(Agent { id, running }),
-            AgentState::Absent => Err(no_agent(
-                "nobody in the guest has answered: boot an image that starts stencil-agent, and wait until it has come up".to_owned(),
-            )),
+            AgentState::Absent => Err(EngineError::NoAgent {
+                id,
+                why: "nobody in the guest has answered: boot an image that starts stencil-agent, and wait until it has come up"
+                    .to_owned(),
+            }),
             AgentState::Connected => Err(EngineError::AgentNotReady {
                 id,
                 why: "it has not acknowledged the epoch yet; ask again in a moment".to_owned(),
             }),
             AgentState::Failed(why) => Err(EngineError::AgentNotReady { id, why }),
         }
+    }
+}
+
+impl Engine {
+    /// Refuses a hypervisor whose guests have no port for an agent.
+    pub(crate) fn check_agent_port(&self, id: InstanceId, name: &HypervisorName) -> Result<(), EngineError> {
+        if self.hypervisor(name)?.capabilities().agent {
+            return Ok(());
+        }
+        Err(EngineError::NoAgent {
+            id,
+            why: format!(
+                "{name} gives its guests no port for one: create the instance on a hypervisor that does"
+            ),
+        })
     }
 }
 
@@ -122,7 +142,9 @@ impl Agent {
             why: why.to_owned(),
         };
         let link: &AgentLink = self.running.agent.as_ref().ok_or_else(|| lost("its VM ended"))?;
-        link.open(exec).await.map_err(|not_opened| match not_opened {
+        let opened = timeout(START_LIMIT, link.open(exec)).await;
+        let opened = opened.map_err(|_elapsed| lost("it did not begin the command in time"))?;
+        opened.map_err(|not_opened| match not_opened {
             NotOpened::Refused(ExecError::NoEpoch, why) => EngineError::AgentNotReady { id: self.id, why },
             NotOpened::Refused(error, why) => EngineError::NotExecuted {
                 id: self.id,
@@ -144,6 +166,7 @@ impl Agent {
     pub async fn run(&self, request: ExecRequest) -> Result<ExecOutput, EngineError> {
         let begun = Instant::now();
         let ExecRequest { mut exec, stdin } = request;
+        let limit = exec.timeout.map(|timeout| timeout.saturating_add(END_LIMIT));
         exec.stdin = !stdin.is_empty();
         let ExecSession {
             mut events, input, ..
@@ -167,9 +190,17 @@ impl Agent {
             }
             Err("its agent told of no end".to_owned())
         };
-        let ended = tokio::select! {
-            ended = ended => ended,
-            never = fed => never,
+        let ended = async {
+            tokio::select! {
+                ended = ended => ended,
+                never = fed => never,
+            }
+        };
+        let ended = match limit {
+            Some(limit) => timeout(limit, ended)
+                .await
+                .unwrap_or_else(|_elapsed| Err("it did not tell of the command's end in time".to_owned())),
+            None => ended.await,
         };
         let (exited, stdout, stderr) = ended.map_err(|why| EngineError::AgentLost { id: self.id, why })?;
         Ok(ExecOutput {

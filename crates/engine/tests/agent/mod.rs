@@ -1,5 +1,6 @@
 //! The link to the agent in a guest: who a guest is told that it is, and what the engine makes of what agents say.
 
+mod commands;
 mod guest;
 
 use std::collections::HashSet;

@@ -110,6 +110,8 @@ async fn of_forks_that_begin_together_one_records() {
         count: 6,
         name_prefix: None,
         fork: ForkRequest::default(),
+        exec: None,
+        delete_after: false,
     };
     house.engine.forks("warm", request).await.unwrap();
     let mut seen = house.hypervisor.hot_pages();

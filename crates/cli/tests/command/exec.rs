@@ -1,0 +1,358 @@
+//! Commands in a guest and files in and out of it, by the real agent.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Output, Stdio};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use serde_json::Value;
+
+use crate::hosted::Guests;
+use crate::stencil::{Server, done};
+
+fn with_input(mut command: Command, input: &[u8]) -> Output {
+    let mut process = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = process.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // A command may end without having read everything.
+            let _ = stdin.write_all(input);
+        });
+        process.wait_with_output().unwrap()
+    })
+}
+
+#[test]
+fn a_command_has_this_programs_input_output_and_exit_code() {
+    let guests = Guests::start();
+    let run = guests.command(&["exec", "web", "--", "sh", "-c", "cat; echo problem >&2; exit 3"]);
+    let output = with_input(run, b"one\ntwo\n");
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(output.stdout, b"one\ntwo\n");
+    assert_eq!(output.stderr, b"problem\n");
+
+    let words = [
+        "exec",
+        "web",
+        "--cwd",
+        "/usr",
+        "-e",
+        "GREETING=good day",
+        "--",
+        "sh",
+        "-c",
+        "pwd; echo $GREETING; hostname",
+    ];
+    let output = done(&mut guests.command(&words));
+    assert_eq!(
+        (output.code, output.stdout.as_str()),
+        (0, "/usr\ngood day\nweb\n")
+    );
+}
+
+#[test]
+fn much_input_and_output_pass_whole() {
+    let guests = Guests::start();
+    let input: Vec<u8> = (0..5_000_000_u32)
+        .map(|index| index.to_le_bytes()[index as usize % 3])
+        .collect();
+    let output = with_input(guests.command(&["exec", "web", "--", "cat"]), &input);
+    assert!(
+        output.status.success(),
+        "{:?}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.stdout == input, "{} bytes came back", output.stdout.len());
+}
+
+#[test]
+fn ends_have_the_exit_codes_of_a_shell() {
+    let guests = Guests::start();
+    for (words, code, stderr) in [
+        (
+            &["exec", "web", "--", "no-such-program"][..],
+            127,
+            "[not_executed]",
+        ),
+        (&["exec", "web", "--", "/etc"], 126, "[not_executed]"),
+        (
+            &["exec", "web", "--cwd", "/none", "--", "true"],
+            1,
+            "[not_executed]",
+        ),
+        (&["exec", "web", "--", "sh", "-c", "kill -TERM $$"], 143, ""),
+        (
+            &["exec", "web", "--timeout", "50ms", "--", "sleep", "1000"],
+            124,
+            "",
+        ),
+        (&["exec", "nobody", "--", "true"], 1, "[not_found]"),
+    ] {
+        let output = done(&mut guests.command(words));
+        assert_eq!(output.code, code, "{words:?}: {output:?}");
+        assert!(output.stderr.contains(stderr), "{words:?}: {output:?}");
+    }
+    // Also as one result.
+    let output = done(&mut guests.command(&[
+        "--json",
+        "exec",
+        "web",
+        "--",
+        "sh",
+        "-c",
+        "echo out; echo err >&2; exit 4",
+    ]));
+    let result = output.json();
+    assert_eq!(
+        (
+            output.code,
+            &result["exit_code"],
+            &result["stdout"],
+            &result["stderr"]
+        ),
+        (4, &4.into(), &"out\n".into(), &"err\n".into())
+    );
+    assert!(result["timings"]["guest_us"].as_u64() <= result["timings"]["total_us"].as_u64());
+    let late = done(&mut guests.command(&[
+        "--json",
+        "exec",
+        "web",
+        "--timeout",
+        "50ms",
+        "--",
+        "sleep",
+        "1000",
+    ]));
+    assert_eq!(
+        (late.code, &late.json()["timed_out"], &late.json()["signal"]),
+        (124, &true.into(), &9.into())
+    );
+    let binary = done(&mut guests.command(&["--json", "exec", "web", "--", "printf", r"a\377"]));
+    assert_eq!(binary.json()["stdout_base64"], "Yf8=");
+}
+
+#[test]
+fn a_client_that_is_killed_takes_its_command_along() {
+    let guests = Guests::start();
+    let mut client = guests
+        .command(&["exec", "web", "--", "sh", "-c", "echo $$; exec sleep 1000"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(client.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    // The guest's processes are this host's.
+    let pid = Pid::from_raw(line.trim().parse().unwrap()).unwrap();
+    let command = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    client.kill().unwrap();
+    client.wait().unwrap();
+    let patience = rustix::time::Timespec {
+        tv_sec: 20,
+        tv_nsec: 0,
+    };
+    let ended = poll(&mut [PollFd::new(&command, PollFlags::IN)], Some(&patience)).unwrap();
+    assert_eq!(ended, 1, "the command goes on");
+}
+
+#[test]
+fn a_command_can_have_a_terminal_and_this_one_is_as_it_was_afterwards() {
+    let guests = Guests::start();
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let own: OwnedFd = ioctl_tiocgptpeer(&terminal, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    let size = Winsize {
+        ws_row: 31,
+        ws_col: 97,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&terminal, size).unwrap();
+    let before = tcgetattr(&own).unwrap();
+    let mut client = guests
+        .command(&[
+            "exec",
+            "-it",
+            "web",
+            "--",
+            "sh",
+            "-c",
+            "stty size; read line; echo \"got $line\"; exit 5",
+        ])
+        .env("TERM", "dumb")
+        .stdin(own.try_clone().unwrap())
+        .stdout(own.try_clone().unwrap())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    let mut terminal = fs::File::from(terminal);
+    let mut seen = String::new();
+    let mut read_until = |terminal: &mut fs::File, text: &str| {
+        while !seen.contains(text) {
+            let mut bytes = [0; 1000];
+            let read = terminal.read(&mut bytes).unwrap();
+            seen.push_str(std::str::from_utf8(&bytes[..read]).unwrap());
+        }
+    };
+    read_until(&mut terminal, "31 97\r\n");
+    // What is typed goes to the command, and comes back by its own terminal.
+    terminal.write_all(b"this\r").unwrap();
+    read_until(&mut terminal, "got this\r\n");
+    assert_eq!(client.wait().unwrap().code(), Some(5));
+    let after = tcgetattr(&own).unwrap();
+    assert_eq!(
+        (after.local_modes, after.input_modes, after.output_modes),
+        (before.local_modes, before.input_modes, before.output_modes)
+    );
+}
+
+#[test]
+fn forks_run_a_command_and_are_deleted_in_one_call() {
+    let guests = Guests::start();
+    for words in [&["standby", "web"], &["promote", "web"]] {
+        assert_eq!(done(&mut guests.command(words)).code, 0);
+    }
+    let output = done(&mut guests.command(&[
+        "fork",
+        "web",
+        "-n",
+        "3",
+        "--rm",
+        "--",
+        "sh",
+        "-c",
+        "hostname; cat /etc/machine-id",
+    ]));
+    assert_eq!(output.code, 0, "{output:?}");
+    let mut lines: Vec<&str> = output.stdout.lines().collect();
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), 6, "each has its own name and machine id: {lines:?}");
+    for name in ["web-1", "web-2", "web-3"] {
+        assert!(lines.contains(&format!("{name} | {name}").as_str()), "{lines:?}");
+    }
+    let list = done(&mut guests.command(&["ls", "--json"])).json();
+    assert_eq!(list["instances"].as_array().unwrap().len(), 1, "{list}");
+
+    let output = done(&mut guests.command(&[
+        "fork",
+        "web",
+        "-n",
+        "2",
+        "--rm",
+        "--",
+        "sh",
+        "-c",
+        "test $(hostname) = web-1",
+    ]));
+    assert_eq!(
+        (output.code, output.stderr.as_str()),
+        (1, "web-2 | (exit code 1)\nerror: 1 of 2 failed\n")
+    );
+    let output = done(&mut guests.command(&["fork", "web", "--json", "--", "hostname"]));
+    let fork: &Value = &output.json()["forks"][0];
+    assert_eq!(
+        (&fork["exec"]["result"]["stdout"], &fork["deleted"]),
+        (&"web-1\n".into(), &Value::Null)
+    );
+    assert_eq!(
+        done(&mut guests.command(&["exec", "web-1", "--", "hostname"])).stdout,
+        "web-1\n"
+    );
+}
+
+#[test]
+fn files_and_directories_are_copied_in_and_out() {
+    let guests = Guests::start();
+    let here = guests.dir.path();
+    let guest = here.join("in-guest");
+    fs::create_dir_all(here.join("tree/a")).unwrap();
+    fs::create_dir(&guest).unwrap();
+    fs::write(here.join("tree/a/data"), vec![7; 3_000_000]).unwrap();
+    fs::write(here.join("tree/run"), "#!/bin/sh\n").unwrap();
+    let there = format!("web:{}", guest.display());
+    let cp = |from: &str, to: &str| done(&mut guests.command(&["cp", from, to]));
+
+    // Below a directory that is there, under a name that is not, and back in both ways.
+    for (from, to) in [("tree", there.clone()), ("tree/run", format!("{there}/other"))] {
+        let copied = cp(from, &to);
+        assert_eq!((copied.code, copied.stderr.as_str()), (0, ""), "{from} {to}");
+    }
+    assert_eq!(fs::read(guest.join("tree/a/data")).unwrap(), vec![7; 3_000_000]);
+    assert_eq!(fs::read(guest.join("other")).unwrap(), b"#!/bin/sh\n");
+    fs::create_dir(here.join("back")).unwrap();
+    for (from, to) in [
+        ("tree", "back"),
+        ("tree", "back/renamed"),
+        ("other", "back/run"),
+        ("other", "back"),
+    ] {
+        let copied = cp(&format!("{there}/{from}"), to);
+        assert_eq!((copied.code, copied.stderr.as_str()), (0, ""), "{from} {to}");
+    }
+    for tree in ["tree", "renamed"] {
+        assert_eq!(
+            fs::read(here.join("back").join(tree).join("a/data")).unwrap(),
+            vec![7; 3_000_000]
+        );
+    }
+    assert_eq!(
+        fs::read(here.join("back/run")).unwrap(),
+        fs::read(here.join("back/other")).unwrap()
+    );
+
+    // What does not work says why, and leaves nothing.
+    for (from, to, why) in [
+        ("none", there.clone(), "No such file"),
+        ("tree", format!("{there}/none/where"), "no directory"),
+        ("tree", "back".to_owned(), "one side of a copy is here"),
+    ] {
+        let failed = cp(from, &to);
+        assert!(
+            failed.code == 1 && failed.stderr.contains(why),
+            "{from} {to}: {failed:?}"
+        );
+    }
+    for (from, to, why) in [
+        ("none", "back/none", "could not read"),
+        ("tree", "back", "is there already"),
+    ] {
+        let failed = cp(&format!("{there}/{from}"), to);
+        assert!(
+            failed.code == 1 && failed.stderr.contains(why),
+            "{from} {to}: {failed:?}"
+        );
+    }
+    assert_eq!(fs::read_dir(here.join("back")).unwrap().count(), 4);
+    assert_eq!(fs::read_dir(&guest).unwrap().count(), 2);
+}
+
+#[test]
+fn without_an_agent_it_is_said_what_would_be_right() {
+    let server = Server::start();
+    server.create("web");
+    for words in [
+        &["exec", "web", "--", "true"][..],
+        &["--json", "exec", "web", "--", "true"],
+        &["cp", "web:/etc", "."],
+    ] {
+        let refused = server.run(words);
+        assert_eq!(refused.code, 1);
+        assert!(
+            refused.stderr.contains("gives its guests no port for one")
+                && refused.stderr.contains("[no_agent]"),
+            "{refused:?}"
+        );
+    }
+}
