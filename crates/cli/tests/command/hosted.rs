@@ -195,10 +195,11 @@ impl Guests {
             let request = CreateRequest {
                 name: Some("web".parse().unwrap()),
                 hypervisor: Hosted.name(),
+                image: None,
                 kernel: Some(kernel),
                 firmware: None,
                 initrd: None,
-                cmdline: String::new(),
+                cmdline: None,
                 vcpus: 1,
                 memory_bytes: 16 << 20,
                 readiness: Readiness::Agent,
