@@ -222,7 +222,11 @@ fn vmm(id: &InstanceId, error: &VmmError) -> String {
             format!("refused {call}: {}", reasons.join(": "))
         }
         VmmError::Timeout { call, after } => format!("did not answer {call} within {after:?}"),
-        VmmError::Ended { exit, .. } => format!("ended ({exit}) instead of answering"),
+        VmmError::Ended { exit, source } => match source.as_ref() {
+            VmmError::Pager { said, .. } => format!("was ended, because its pager failed: {said}"),
+            _ => format!("ended ({exit}) instead of answering"),
+        },
+        VmmError::Pager { said, .. } => format!("was not given its memory: {said}"),
         VmmError::Snapshot { source, .. } => format!("cannot use the snapshot: {source}"),
         _ => "failed".to_owned(),
     };

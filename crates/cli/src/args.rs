@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use stencil_api::memory_size::MemorySize;
 use stencil_api::timeout::Timeout;
-use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryMode, State};
+use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryGeneration, MemoryMode, State};
 
 /// Manages virtual machines that can be forked: warm one up, make it a template, and stamp out forks that go on from it
 #[derive(Debug, Parser)]
@@ -39,6 +39,9 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Tell what this host can do, and what would let it do more
     Doctor(Doctor),
+    /// Serve the memory of one VM: the server starts this beside its VMM
+    #[command(hide = true)]
+    Pager(Pager),
     #[command(flatten)]
     Client(ClientCommand),
 }
@@ -124,6 +127,19 @@ pub(crate) struct Doctor {
     pub(crate) data: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) vmms: Vmms,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Pager {
+    /// Which memory the snapshot holds
+    #[arg(long, value_name = "ID")]
+    pub(crate) memory_generation: MemoryGeneration,
+    /// A list of the pages that are to be there first
+    #[arg(long, value_name = "PATH")]
+    pub(crate) hot_pages: Option<PathBuf>,
+    /// Record which pages are touched first
+    #[arg(long, conflicts_with = "hot_pages")]
+    pub(crate) record: bool,
 }
 
 /// An instance.

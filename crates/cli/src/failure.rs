@@ -15,6 +15,8 @@ use stencil_vmm::VmmError;
 pub(crate) enum Failure {
     #[error(transparent)]
     Client(#[from] ClientError),
+    #[error(transparent)]
+    Pager(#[from] stencil_vmm::pager::PagerError),
     /// The state was not reached in time.
     #[error("{name} is {state}, not {wanted}")]
     NotReached {

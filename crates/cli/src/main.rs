@@ -3,6 +3,7 @@
 //! ```text
 //! main ── args ──┬── serve ────── engine behind a socket, until a signal
 //!                ├── doctor ───── what this host can do, asked of nobody
+//!                ├── pager ────── beside one VMM, until that ends
 //!                └── commands ─── one call to the server each ── output: a table for people, JSON for programs
 //! ```
 //!
@@ -14,6 +15,7 @@ mod doctor;
 mod failure;
 mod input;
 mod output;
+mod pager;
 mod place;
 mod serve;
 mod table;
@@ -42,6 +44,7 @@ fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Command::Serve(asked) => serve::run(asked, args.socket),
         Command::Doctor(asked) => doctor::run(asked, args.json),
+        Command::Pager(asked) => pager::run(asked),
         Command::Client(asked) => commands::run(asked, args.socket, args.json),
     }
 }

@@ -19,7 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::args::Serve;
 use crate::failure::Failure;
-use crate::place;
+use crate::{pager, place};
 
 /// The server waits far more than it works: more threads than this only cost memory. It leaves half of the cores to the
 /// VMMs that a request wakes; threads that hand the request to each other keep them from it.
@@ -117,7 +117,8 @@ async fn cloud_hypervisor(asked: Option<PathBuf>) -> Result<Option<CloudHypervis
     let Some(path) = asked.or_else(CloudHypervisor::find) else {
         return Ok(None);
     };
-    let cloud_hypervisor = CloudHypervisor::new(path.clone());
+    let pager = pager::command().map_err(Failure::Runtime)?;
+    let cloud_hypervisor = CloudHypervisor::new(path.clone()).with_pager(pager);
     match cloud_hypervisor.version().await {
         Ok(version) => {
             tracing::info!(cloud_hypervisor = %path.display(), version, "offered");

@@ -56,13 +56,13 @@ impl Engine {
             .vmm()
             .filter(|running| *running.process.identity() == record.process);
         let Some(running) = running else {
-            return VmmFacts::Ended {
-                reason: format!("process {pid} is gone; it ended while no server watched it"),
-            };
+            return self.ended(
+                slot,
+                metadata,
+                format!("process {pid} is gone; it ended while no server watched it"),
+            );
         };
-        let ended = |exit| VmmFacts::Ended {
-            reason: format!("process {pid} {exit}"),
-        };
+        let ended = |exit| self.ended(slot, metadata, format!("process {pid} {exit}"));
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor);
         match (running.process.has_exited(), &hypervisor) {
             // Its guest has powered off, and it ended with its guest.
@@ -92,6 +92,20 @@ impl Engine {
                 None => VmmFacts::Silent {
                     reason: format!("process {pid} does not answer: {}", error_chain(&error)),
                 },
+            },
+        }
+    }
+
+    /// That the VMM ended, and why where something beside it knows.
+    fn ended(&self, slot: &Slot, metadata: &Metadata, how: String) -> VmmFacts {
+        let words = self
+            .hypervisor(&metadata.spec.hypervisor)
+            .ok()
+            .and_then(|hypervisor| hypervisor.last_words(&self.dir(&slot.id)));
+        VmmFacts::Ended {
+            reason: match words {
+                Some(why) => format!("{how}: {why}"),
+                None => how,
             },
         }
     }

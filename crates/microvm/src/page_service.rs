@@ -3,31 +3,17 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use stencil_core::error_chain;
 use stencil_uffd::{
-    Fatal, Gpa, GuestMapping, HotPages, Notice, PageServer, PageSource, Plan, Settings, StartError, Window,
+    Fatal, Gpa, GuestMapping, HotPages, Notice, PREFETCH_BUDGET, PageServer, PageSource, Plan, Settings,
+    StartError, Window,
 };
 
 use crate::events::{Event, Events};
 use crate::memory::PAGE_BYTES;
 use crate::page_figures::PageFigures;
 use crate::transfer;
-
-/// How much of the hot pages a guest waits for before it runs, in bytes. In large runs these take some 20 ms where the
-/// file is in the page cache; a guest that needs more in its first moments has it come behind its back, in the order in
-/// which it is needed, which costs it less than the wait.
-const PREFETCH_BUDGET: u64 = 64 << 20;
-
-/// What is recorded. A fork is ready, and has answered its first request, well within this time; what comes later is
-/// the work of that one guest, and of no use to the next. But it is slow while each of its pages is a fault: 40
-/// to 190 us a page, up to 3 s for 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory,
-/// and to prefetch that would be to restore it by copying.
-const RECORDING: Window = Window {
-    duration: Duration::from_secs(5),
-    pages: 65536,
-};
 
 /// What is done about the pages that the guest touches first.
 pub(crate) enum Ahead {
@@ -69,7 +55,7 @@ impl PageService {
             }
             Ahead::Record(path) => {
                 let has_run = false;
-                (Plan::Record(RECORDING), Some(Recording { path, has_run }))
+                (Plan::Record(Window::OF_A_FORK), Some(Recording { path, has_run }))
             }
         };
         let settings = Settings {

@@ -127,8 +127,9 @@ pub use hot_pages::{DifferentMemory, HotPages, HotRun, LoadError, Mark, SaveErro
 pub use image::{ImageError, MemoryImage};
 pub use mapping::{GuestMapping, MappingError};
 pub use populate::{PopulateError, Populated, populate};
+pub use prefetch::PREFETCH_BUDGET;
 pub use ranges::{MemoryRange, RangeError, RangeTable};
-pub use record::{Closed, Recording, Touch, Window};
+pub use record::{Closed, Recorder, Recording, Touch, Window};
 pub use server::{Fatal, Notice, PageServer, Plan, Settings, StartError};
 pub use source::{Extent, PageSource};
 pub use userfault::{UserfaultError, check_permission};

@@ -17,6 +17,19 @@ pub struct Window {
     pub pages: usize,
 }
 
+impl Window {
+    /// What is recorded of a template's first fork.
+    ///
+    /// A fork is ready, and has answered its first request, well within this time; what comes later is the work of that one
+    /// guest, and of no use to the next. But it is slow while each of its pages is a fault: 40 to 190 us a page, up to 3 s for
+    /// 64 MiB. 65536 pages are 256 MiB: a guest that touches more in that time sweeps its memory, and to prefetch that would
+    /// be to restore it by copying.
+    pub const OF_A_FORK: Self = Self {
+        duration: Duration::from_secs(5),
+        pages: 65536,
+    };
+}
+
 /// The first touch of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Touch {
@@ -77,9 +90,9 @@ impl Recording {
     }
 }
 
-/// A recording that is open.
+/// A recording that is open. [`PageServer`](crate::PageServer) has one of its own; this is for who serves pages otherwise.
 #[derive(Debug)]
-pub(crate) struct Recorder {
+pub struct Recorder {
     window: Window,
     began: Option<Instant>,
     touches: Vec<Touch>,
@@ -88,7 +101,9 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    pub(crate) fn new(window: Window) -> Self {
+    /// One without touches, whose clock does not run.
+    #[must_use]
+    pub fn new(window: Window) -> Self {
         Self {
             window,
             began: None,
@@ -98,17 +113,18 @@ impl Recorder {
     }
 
     /// The clock starts, if it does not run.
-    pub(crate) fn begin(&mut self, now: Instant) {
+    pub fn begin(&mut self, now: Instant) {
         self.began.get_or_insert(now);
     }
 
-    /// When its time is over.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
+    /// When its time is over; `None` while its clock does not run.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
         self.began?.checked_add(self.window.duration)
     }
 
     /// A page was touched. A new one is left out when there are as many as may be.
-    pub(crate) fn touch(&mut self, gpa: Gpa, mark: Mark, now: Instant) {
+    pub fn touch(&mut self, gpa: Gpa, mark: Mark, now: Instant) {
         let next = self.touches.len();
         if next >= self.window.pages && !self.places.contains_key(&gpa) {
             return;
@@ -125,7 +141,8 @@ impl Recorder {
     }
 
     /// Why it must close now, if it must.
-    pub(crate) fn is_over(&self, now: Instant) -> Option<Closed> {
+    #[must_use]
+    pub fn is_over(&self, now: Instant) -> Option<Closed> {
         if self.touches.len() >= self.window.pages {
             return Some(Closed::Pages);
         }
@@ -134,12 +151,9 @@ impl Recorder {
             .map(|_| Closed::Time)
     }
 
-    pub(crate) fn close(
-        self,
-        generation: MemoryGeneration,
-        closed: Closed,
-        saw_later_writes: bool,
-    ) -> Recording {
+    /// Closes it: touches of the memory of `generation`. `saw_later_writes` is kept as [`Recording::saw_later_writes`].
+    #[must_use]
+    pub fn close(self, generation: MemoryGeneration, closed: Closed, saw_later_writes: bool) -> Recording {
         Recording {
             generation,
             touches: self.touches,

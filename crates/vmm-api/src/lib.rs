@@ -35,7 +35,9 @@ pub use config::{
 };
 pub use error::ErrorBody;
 pub use reply::{PingReply, VmCounters, VmEnd, VmEndKind, VmInfo, VmState};
-pub use request::{MemoryRestoreMode, RestoreRequest, SnapshotRequest};
+pub use request::{
+    MemoryRestoreMode, MigrationMemoryMode, ReceiveMigrationRequest, RestoreRequest, SnapshotRequest,
+};
 
 /// Guest physical address of the page that holds the VM generation id: 16 bytes at offset 0, as VMGenID has it
 /// (Microsoft, "Virtual Machine Generation ID"). The page is reserved in the memory map that the guest is given.

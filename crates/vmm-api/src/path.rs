@@ -23,6 +23,8 @@ pub const VM_RESUME: &str = "/api/v1/vm.resume";
 pub const VM_SNAPSHOT: &str = "/api/v1/vm.snapshot";
 /// `PUT` of a [`RestoreRequest`](crate::RestoreRequest), on a VMM that has no VM.
 pub const VM_RESTORE: &str = "/api/v1/vm.restore";
+/// `PUT` of a [`ReceiveMigrationRequest`](crate::ReceiveMigrationRequest), on a VMM that has no VM.
+pub const VM_RECEIVE_MIGRATION: &str = "/api/v1/vm.receive-migration";
 /// `GET`: [`VmInfo`](crate::VmInfo).
 pub const VM_INFO: &str = "/api/v1/vm.info";
 /// `GET`: [`VmCounters`](crate::VmCounters).

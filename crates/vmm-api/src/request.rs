@@ -40,6 +40,26 @@ pub struct RestoreRequest {
     pub record_hot_pages: Option<String>,
 }
 
+/// Body of `vm.receive-migration`, which the microVM does not have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiveMigrationRequest {
+    /// `unix:` and the path, as it is, of a socket that the VMM makes and on which it waits for the sender.
+    pub receiver_url: String,
+    /// How the guest's memory comes.
+    #[serde(default)]
+    pub memory_mode: MigrationMemoryMode,
+}
+
+/// How `vm.receive-migration` takes the guest's memory; v53 and later, others ignore it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigrationMemoryMode {
+    /// All of it before the VM is there.
+    #[default]
+    Precopy,
+    /// Page by page, as it is touched; and all that nobody touches, meanwhile.
+    Postcopy,
+}
+
 /// How `vm.restore` brings back the guest's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryRestoreMode {

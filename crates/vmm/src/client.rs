@@ -19,7 +19,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stencil_core::InstanceDir;
 use stencil_vmm_api::{
-    ErrorBody, PingReply, RestoreRequest, SnapshotRequest, VmConfig, VmCounters, VmInfo, path,
+    ErrorBody, PingReply, ReceiveMigrationRequest, RestoreRequest, SnapshotRequest, VmConfig, VmCounters,
+    VmInfo, path,
 };
 use tower_service::Service;
 
@@ -60,6 +61,8 @@ pub enum Call {
     Snapshot,
     /// `vm.restore`
     Restore,
+    /// `vm.receive-migration`
+    ReceiveMigration,
     /// `vm.info`
     Info,
     /// `vm.counters`
@@ -74,7 +77,7 @@ impl Call {
         match self {
             Self::Info | Self::Counters => INFO_DEADLINE,
             Self::Ping | Self::Create | Self::Pause | Self::Resume => SHORT_DEADLINE,
-            Self::Boot | Self::Snapshot | Self::Restore => BULK_DEADLINE,
+            Self::Boot | Self::Snapshot | Self::Restore | Self::ReceiveMigration => BULK_DEADLINE,
             Self::Shutdown => SHUTDOWN_DEADLINE,
         }
     }
@@ -95,6 +98,7 @@ impl Call {
             Self::Resume => path::VM_RESUME,
             Self::Snapshot => path::VM_SNAPSHOT,
             Self::Restore => path::VM_RESTORE,
+            Self::ReceiveMigration => path::VM_RECEIVE_MIGRATION,
             Self::Info => path::VM_INFO,
             Self::Counters => path::VM_COUNTERS,
             Self::Shutdown => path::VMM_SHUTDOWN,
@@ -186,6 +190,14 @@ impl Client {
     /// See [`VmmError`].
     pub async fn restore(&self, request: &RestoreRequest) -> Result<(), VmmError> {
         self.put(Call::Restore, request).await
+    }
+
+    /// Makes the VM from what a sender of a migration says; answers when that has ended.
+    ///
+    /// # Errors
+    /// See [`VmmError`].
+    pub async fn receive_migration(&self, request: &ReceiveMigrationRequest) -> Result<(), VmmError> {
+        self.put(Call::ReceiveMigration, request).await
     }
 
     /// What the VM has counted, by device.

@@ -6,6 +6,7 @@
 //!              console.tty   leads to the terminal that is its standard input: what the serial port reads
 //!              vsock.sock    bound by it: leads to the vsock ports of the guest, one of which is the agent's
 //!              vmm.log       its standard error: what it says of itself
+//!              pages         what its pager counted, if it has one; pager-failed: why that failed, if it did
 //!              restoring/    while a VM is restored: the snapshot's files, rewritten for this instance
 //! ```
 //!
@@ -13,15 +14,18 @@
 //! [`MemoryMode::Cow`] that is the snapshot's memory file, which is mapped privately and never copied.
 //! The server has the kernel read the template's hot pages meanwhile. Where that does not apply, the memory is read as in
 //! [`MemoryMode::Copy`], and the restore says why.
-//! [`MemoryMode::OnDemand`] is its own lazy restore, since v52.
+//! [`MemoryMode::OnDemand`] is its own lazy restore, since v52. In [`MemoryMode::Uffd`], since v53, its memory is served by a
+//! [`pager`] of ours.
 //!
 //! Its guests are not told their generation: it has no device for that.
 
 mod agent;
 mod fork_plan;
 mod lazy;
+pub mod pager;
 mod prefetch;
 mod restore_dir;
+mod served;
 mod snapshot;
 
 use std::env;
@@ -30,7 +34,8 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
 use stencil_vmm_api::{
-    MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, RestoreRequest, SerialConfig, SerialMode, VmConfig,
+    MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, PingReply, RestoreRequest, SerialConfig, SerialMode,
+    VmConfig,
 };
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
@@ -43,6 +48,7 @@ use crate::{
 };
 use prefetch::prefetch;
 use restore_dir::RestoreDir;
+pub use served::PagerCommand;
 pub use snapshot::SnapshotError;
 
 /// The name under which instances ask for this backend.
@@ -53,6 +59,9 @@ const BINARY: &str = "cloud-hypervisor";
 const KNOWN_RELEASES: std::ops::RangeInclusive<u32> = 51..=53;
 /// The first release that restores memory lazily. Others ignore that it is asked for, and copy.
 const ON_DEMAND_SINCE: u32 = 52;
+/// The first release that asks the sender of a migration for pages. Others ignore that it is asked for, and would give
+/// their guests zeros.
+const POSTCOPY_SINCE: u32 = 53;
 /// APIC ids have 8 bits where there is no interrupt remapping, and the last means all of them.
 const MAX_VCPUS: u32 = 254;
 /// Name of the memory zone.
@@ -62,6 +71,7 @@ const ZONE: &str = "mem0";
 #[derive(Debug)]
 pub struct CloudHypervisor {
     binary: PathBuf,
+    pager: Option<PagerCommand>,
     version: OnceCell<String>,
 }
 
@@ -70,8 +80,16 @@ impl CloudHypervisor {
     pub fn new(binary: PathBuf) -> Self {
         Self {
             binary: absolute(&binary),
+            pager: None,
             version: OnceCell::new(),
         }
+    }
+
+    /// With this program as its pagers: memory can come in [`MemoryMode::Uffd`].
+    #[must_use]
+    pub fn with_pager(mut self, pager: PagerCommand) -> Self {
+        self.pager = Some(pager);
+        self
     }
 
     /// Where the binary is: in the first directory of `PATH` that has it.
@@ -82,25 +100,30 @@ impl CloudHypervisor {
     /// The memory modes of its release; of the newest until the binary was asked for its version.
     fn memory_modes(&self) -> Vec<MemoryMode> {
         let release = self.version.get().and_then(|version| release(version));
+        let has = |since| release.is_none_or(|release| release >= since);
         let mut modes = vec![MemoryMode::Copy, MemoryMode::Cow];
-        if release.is_none_or(|release| release >= ON_DEMAND_SINCE) {
+        if self.pager.is_some() && has(POSTCOPY_SINCE) {
+            modes.push(MemoryMode::Uffd);
+        }
+        if has(ON_DEMAND_SINCE) {
             modes.push(MemoryMode::OnDemand);
         }
         modes
     }
 
     /// That the VMM which answers is the version that the binary said. The binary may have been replaced since, and a
-    /// snapshot would then be recorded as another version's.
-    async fn check_version(&self, client: &Client) -> Result<(), VmmError> {
+    /// snapshot would then be recorded as another version's. Returns what it says of itself.
+    async fn check_version(&self, client: &Client) -> Result<PingReply, VmmError> {
         let expected = self.version().await?;
-        let running = without_v(&client.ping().await?.build_version).to_owned();
+        let said = client.ping().await?;
+        let running = without_v(&said.build_version);
         if running == expected {
-            Ok(())
+            Ok(said)
         } else {
             Err(VmmError::Replaced {
                 binary: self.binary.clone(),
                 expected,
-                running,
+                running: running.to_owned(),
             })
         }
     }
@@ -146,6 +169,7 @@ impl Hypervisor for CloudHypervisor {
         // It binds this one itself, and cannot where a VMM that was killed has left it.
         let stale = dir.vsock_socket();
         remove_socket(&stale).map_err(|source| VmmError::Prepare { path: stale, source })?;
+        served::forget(dir);
         let launch = Launch {
             binary: self.binary.clone(),
             streams: Streams::Console,
@@ -183,18 +207,29 @@ impl Hypervisor for CloudHypervisor {
 
     async fn restore(&self, dir: &InstanceDir, asked: &Restore<'_>) -> Result<Restored, VmmError> {
         let client = Client::new(dir)?;
-        self.check_version(&client).await?;
+        let said = self.check_version(&client).await?;
         let mode = asked.memory_mode;
         if !self.memory_modes().contains(&mode) {
             return Err(VmmError::MemoryMode { name: NAME, mode });
         }
-        let map = mode == MemoryMode::Cow;
         let (to, from) = (dir.clone(), asked.snapshot.clone());
-        let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, map)).await;
+        let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, mode)).await;
         let (files, not_mapped) = made.map_err(|error| VmmError::Prepare {
             path: dir.path().to_owned(),
             source: std::io::Error::other(error),
         })??;
+        match (&not_mapped, &self.pager) {
+            (None, Some(pager)) if mode == MemoryMode::Uffd => {
+                // It has just answered, so that it has the pid.
+                let vmm = VmmProcess::of_pid(u32::try_from(said.pid).unwrap_or_default())?;
+                served::restore(pager, dir, &client, vmm, asked).await?;
+                return Ok(Restored::as_asked(mode));
+            }
+            (Some(why), _) if matches!(asked.hot_pages, HotPages::Record) => {
+                return Err(VmmError::NotServed { why: why.to_string() });
+            }
+            _ => {}
+        }
         let request = RestoreRequest {
             source_url: file_url(files.path())?,
             memory_restore_mode: match mode {
@@ -205,7 +240,7 @@ impl Hypervisor for CloudHypervisor {
         };
         let restored = client.restore(&request);
         match asked.hot_pages {
-            HotPages::Prefetch(list) if map && not_mapped.is_none() => {
+            HotPages::Prefetch(list) if mode == MemoryMode::Cow && not_mapped.is_none() => {
                 let (from, memory, list) =
                     (asked.snapshot.clone(), *asked.memory_generation, list.to_owned());
                 let prefetched = tokio::task::spawn_blocking(move || prefetch(&from, memory, &list));
@@ -217,7 +252,10 @@ impl Hypervisor for CloudHypervisor {
             None => Restored::as_asked(asked.memory_mode),
             Some(why) => Restored {
                 memory_mode: MemoryMode::Copy,
-                reason: Some(format!("the memory could not be mapped: {why}")),
+                reason: Some(match mode {
+                    MemoryMode::Uffd => format!("the memory could not be served: {why}"),
+                    _ => format!("the memory could not be mapped: {why}"),
+                }),
             },
         })
     }
@@ -230,9 +268,12 @@ impl Hypervisor for CloudHypervisor {
         console::write_to_terminal(dir, vmm, input).await
     }
 
-    async fn page_counters(&self, _dir: &InstanceDir) -> Result<PageCounters, VmmError> {
-        // It serves no pages.
-        Ok(PageCounters::new())
+    async fn page_counters(&self, dir: &InstanceDir) -> Result<PageCounters, VmmError> {
+        Ok(served::page_counters(dir))
+    }
+
+    fn last_words(&self, dir: &InstanceDir) -> Option<String> {
+        served::last_words(dir)
     }
 
     async fn connect_agent(&self, dir: &InstanceDir) -> Result<UnixStream, VmmError> {

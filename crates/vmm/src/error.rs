@@ -115,6 +115,13 @@ pub enum VmmError {
         source: io::Error,
     },
 
+    /// Which pages the guest touches cannot be seen, because its memory cannot be served.
+    #[error("the VM's memory cannot be served: {why}")]
+    NotServed {
+        /// Why not.
+        why: String,
+    },
+
     /// A file of a snapshot cannot be read.
     #[error("cannot read {}, which is of a snapshot", path.display())]
     SnapshotFile {
@@ -239,6 +246,15 @@ pub enum VmmError {
         after: Duration,
     },
 
+    /// The pager that was to give the VMM its memory failed.
+    #[error("the VM's pager failed: {said}")]
+    Pager {
+        /// What it said, or how it ended.
+        said: String,
+        /// How the call to the VMM failed then.
+        source: Option<Box<VmmError>>,
+    },
+
     /// The process could not be observed or ended.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -247,9 +263,12 @@ pub enum VmmError {
 impl VmmError {
     /// Whether the VMM went away instead of answering: its socket is closed, or was closed during the call.
     pub(crate) fn lost_connection(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. } | Self::Console { .. }
-        )
+        match self {
+            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. } | Self::Console { .. } => {
+                true
+            }
+            Self::Pager { source, .. } => source.as_ref().is_some_and(|source| source.lost_connection()),
+            _ => false,
+        }
     }
 }

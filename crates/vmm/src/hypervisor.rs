@@ -114,6 +114,9 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// connect.
     async fn connect_agent(&self, dir: &InstanceDir) -> Result<UnixStream, VmmError>;
 
+    /// Why the VMM ended, where something beside it knows; `None` as a rule.
+    fn last_words(&self, dir: &InstanceDir) -> Option<String>;
+
     /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
     /// bounded wait. Returns when the process is proved dead and its sockets are removed.
     ///

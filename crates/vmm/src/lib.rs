@@ -51,7 +51,7 @@ mod process;
 mod rest;
 
 pub use client::{Call, Client, MAX_REPLY_BYTES};
-pub use cloud_hypervisor::{CloudHypervisor, SnapshotError};
+pub use cloud_hypervisor::{CloudHypervisor, PagerCommand, SnapshotError, pager};
 pub use error::VmmError;
 pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus};
 pub use kvm::{KvmError, KvmKind, probe_kvm};

@@ -165,6 +165,10 @@ impl Hypervisor for MicroVm {
         Err(VmmError::NoAgentPort { name: NAME })
     }
 
+    fn last_words(&self, _dir: &InstanceDir) -> Option<String> {
+        None
+    }
+
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
         rest::stop(dir, vmm).await
     }

@@ -28,7 +28,7 @@ use tokio::io::unix::AsyncFd;
 use crate::VmmError;
 pub use exit::Exit;
 pub use memory::MemoryUse;
-pub(crate) use spawn::{Launch, Session, Streams, remove_socket, spawn};
+pub(crate) use spawn::{Launch, Session, Streams, append_to, remove_socket, spawn, spawn_watched};
 pub use stray::stray_processes;
 
 /// How long a VMM has after SIGTERM. Its teardown takes some 25 ms for KVM's part, and longer for much memory.
@@ -133,20 +133,16 @@ impl VmmProcess {
         Ok(process.has_exited().is_none().then_some(process))
     }
 
+    /// The process that has the pid now, which the caller has just heard of from itself. It need not be a child.
+    pub(crate) fn of_pid(pid: u32) -> Result<Self, ProcessError> {
+        let (identity, pidfd) = identify(pid)?;
+        Self::watch(identity, pidfd, false)
+    }
+
     /// A child that was just started and that nobody has waited for. A task reaps it when it ends, so that it does not
     /// stay as a zombie and that its status is known.
     fn of_child(pid: u32) -> Result<Self, ProcessError> {
-        let gone = || ProcessError::Watch {
-            pid,
-            source: Errno::SRCH.into(),
-        };
-        let pidfd = open_pidfd(pid)?.ok_or_else(gone)?;
-        let start_time = procfs::start_time(pid)?.ok_or_else(gone)?;
-        let identity = ProcessIdentity {
-            pid,
-            start_time,
-            boot_id: procfs::boot_id()?,
-        };
+        let (identity, pidfd) = identify(pid)?;
         let process = Self::watch(identity, pidfd, true)?;
         let reaper = process.clone();
         tokio::spawn(async move {
@@ -178,6 +174,11 @@ impl VmmProcess {
     /// What identifies the process, to be recorded.
     pub fn identity(&self) -> &ProcessIdentity {
         &self.0.identity
+    }
+
+    /// A pidfd of it, for another process to watch it.
+    pub(crate) fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.0.pidfd.get_ref().try_clone()
     }
 
     /// How the process ended; `None` while it lives.
@@ -339,6 +340,21 @@ impl Drop for KillGuard {
             tracing::error!(%error, "a VMM whose start was given up may still be there");
         }
     }
+}
+
+/// A process that lives.
+fn identify(pid: u32) -> Result<(ProcessIdentity, OwnedFd), ProcessError> {
+    let gone = || ProcessError::Watch {
+        pid,
+        source: Errno::SRCH.into(),
+    };
+    let pidfd = open_pidfd(pid)?.ok_or_else(gone)?;
+    let identity = ProcessIdentity {
+        pid,
+        start_time: procfs::start_time(pid)?.ok_or_else(gone)?,
+        boot_id: procfs::boot_id()?,
+    };
+    Ok((identity, pidfd))
 }
 
 /// A pidfd of the process that has the pid now, or `None` if none has.

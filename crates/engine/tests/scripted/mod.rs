@@ -242,6 +242,10 @@ impl Hypervisor for Scripted {
         Ok(host)
     }
 
+    fn last_words(&self, _dir: &InstanceDir) -> Option<String> {
+        None
+    }
+
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
         self.call("stop")?;
         Ok(process.terminate().await?)

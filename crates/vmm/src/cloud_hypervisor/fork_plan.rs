@@ -40,11 +40,22 @@ const UNFORKABLE: [(&str, &str); 7] = [
     ),
 ];
 
+/// How the VM's memory comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Memory<'a> {
+    /// Cloud Hypervisor reads it from the snapshot.
+    Read,
+    /// Cloud Hypervisor maps this file, which is the snapshot's.
+    Map(&'a str),
+    /// Cloud Hypervisor is given it, in a file for each region.
+    Serve,
+}
+
 /// What changes.
 #[derive(Debug)]
 pub(super) struct ForkPlan<'a> {
-    /// The snapshot's memory file, if it is to be mapped instead of read.
-    pub(super) map: Option<&'a str>,
+    /// How its memory comes.
+    pub(super) memory: Memory<'a>,
     /// Size of that file in bytes.
     pub(super) memory_bytes: u64,
     /// The Unix socket of its vsock device. The guest keeps its cid.
@@ -60,11 +71,11 @@ pub(super) struct ForkPlan<'a> {
 pub(super) struct Rewritten {
     pub(super) config: Vec<u8>,
     pub(super) state: Vec<u8>,
-    /// Why the memory is read, although it was to be mapped.
+    /// Why the memory is read, although it was to be mapped or served.
     pub(super) not_mapped: Option<NotMapped>,
 }
 
-/// Why a VM's memory cannot be mapped from its snapshot.
+/// Why a VM's memory cannot be mapped or served from its snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum NotMapped {
     /// It has a balloon, whose pages must not come back.
@@ -185,7 +196,8 @@ impl ForkPlan<'_> {
         Ok(())
     }
 
-    /// Lets the memory be read from the directory's own memory file or, where that is asked for and possible, mapped.
+    /// Lets the memory be read from the directory's own memory file or, where that is asked for and possible, mapped or
+    /// given.
     fn place_memory(
         &self,
         config: &mut Config,
@@ -197,18 +209,27 @@ impl ForkPlan<'_> {
                 "its file is shared with other programs and not in the snapshot; create the VM without it";
             return Err(refused("memory zone", Some(&shared.id), why));
         }
-        let mapped = self.map.map(|file| (file, file_offsets(config, state)));
-        let (file, not_mapped) = match mapped {
-            Some((file, Ok(offsets))) => {
-                for (mapping, offset) in state.memory.guest_ram_mappings.iter_mut().zip(offsets) {
+        let offsets = match self.memory {
+            Memory::Read => None,
+            Memory::Map(_) | Memory::Serve => Some(file_offsets(config, state)),
+        };
+        let mappings = state.memory.guest_ram_mappings.iter_mut();
+        let (file, not_mapped) = match (self.memory, offsets) {
+            (Memory::Map(file), Some(Ok(offsets))) => {
+                for (mapping, offset) in mappings.zip(offsets) {
                     mapping.file_offset = offset;
                 }
                 // Nothing is left to be read.
                 state.memory.memory_ranges.data.clear();
                 (Some(file), None)
             }
-            Some((_, Err(why))) => (None, Some(why)),
-            None => (None, None),
+            (_, Some(Ok(_))) => {
+                // Each has a file of its own.
+                mappings.for_each(|mapping| mapping.file_offset = 0);
+                (None, None)
+            }
+            (_, Some(Err(why))) => (None, Some(why)),
+            (_, None) => (None, None),
         };
         for zone in config.memory.zones.iter_mut().flatten() {
             zone.file = file.map(str::to_owned);

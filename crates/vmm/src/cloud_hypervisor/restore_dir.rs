@@ -5,14 +5,14 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use stencil_core::{InstanceDir, SnapshotDir};
+use stencil_core::{InstanceDir, MemoryMode, SnapshotDir};
 
-use super::fork_plan::{ForkPlan, NotMapped};
+use super::fork_plan::{ForkPlan, Memory, NotMapped};
 use crate::VmmError;
 use crate::rest::absolute;
 
 /// Name of the directory in the instance's. It is there while the VM is restored, and no longer.
-const NAME: &str = "restoring";
+pub(super) const NAME: &str = "restoring";
 
 /// The directory; removed when this is dropped.
 #[derive(Debug)]
@@ -20,17 +20,21 @@ pub(super) struct RestoreDir(PathBuf);
 
 impl RestoreDir {
     /// Makes it: `config.json` first, then the memory by reference, `state.json` last. Also says why the memory is read
-    /// although it was to be mapped. This blocks.
+    /// although it was to be mapped or served. This blocks.
     pub(super) fn make(
         dir: &InstanceDir,
         snapshot: &SnapshotDir,
-        map: bool,
+        mode: MemoryMode,
     ) -> Result<(Self, Option<NotMapped>), VmmError> {
         let memory = absolute(&snapshot.memory_ranges());
         let memory_bytes = fs::metadata(&memory).map_err(unreadable(&memory))?.len();
         let memory_path = crate::rest::utf8(&memory)?;
         let plan = ForkPlan {
-            map: map.then_some(memory_path.as_str()),
+            memory: match mode {
+                MemoryMode::Copy | MemoryMode::OnDemand => Memory::Read,
+                MemoryMode::Cow => Memory::Map(&memory_path),
+                MemoryMode::Uffd => Memory::Serve,
+            },
             memory_bytes,
             vsock_socket: InstanceDir::VSOCK_SOCKET,
             disks: [].into(),

@@ -9,6 +9,9 @@ use stencil_vmm_api::SerialMode;
 /// Where `state.json` has the memory manager's state: a string that is JSON itself.
 const MEMORY_MANAGER: &str = "/snapshots/memory-manager/snapshot_data/state";
 
+/// Where `state.json` has what belongs to the VM as a whole: a string that is JSON itself.
+const VM: &str = "/snapshot_data/state";
+
 /// Why a VM cannot be brought back from its snapshot. No message has a path of the host in it.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -23,6 +26,9 @@ pub enum SnapshotError {
     /// The state of the guest's memory is not where Cloud Hypervisor v51 to v53 puts it.
     #[error("state.json has no memory manager in it")]
     NoMemoryManager,
+    /// The CPUID that the VM's vCPUs have is not where Cloud Hypervisor v53 puts it.
+    #[error("state.json has no CPUID of the VM in it")]
+    NoCpuid,
     /// The memory file is shorter than the ranges that are said to be in it.
     #[error("memory-ranges has {has} bytes and the VM's memory {needs}; the snapshot is cut off")]
     Truncated {
@@ -148,6 +154,14 @@ pub(super) struct Pmem {
     other: Map<String, Value>,
 }
 
+/// What a migration says of a VM before its state (v53, `vmm/src/lib.rs`, `VmMigrationConfig`).
+#[derive(Debug, Serialize)]
+struct MigrationConfig<'a> {
+    vm_config: Value,
+    common_cpuid: Value,
+    memory_manager_data: &'a MemoryManager,
+}
+
 /// What is of `state.json` behind [`MEMORY_MANAGER`].
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct MemoryManager {
@@ -177,6 +191,7 @@ pub(super) struct Range {
 /// Guest memory as it is mapped, in bytes.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Mapping {
+    pub(super) slot: u32,
     pub(super) gpa: u64,
     pub(super) size: u64,
     pub(super) zone_id: String,
@@ -212,6 +227,26 @@ impl State {
             .ok_or(SnapshotError::NoMemoryManager)?;
         let memory = serde_json::from_str(memory).map_err(in_file("state.json"))?;
         Ok(Self { whole, memory })
+    }
+
+    /// What a migration says of the VM before its state; `config` is what is in `config.json`.
+    pub(super) fn migration_config(&self, config: &[u8]) -> Result<Vec<u8>, SnapshotError> {
+        let vm = self
+            .whole
+            .pointer(VM)
+            .and_then(Value::as_str)
+            .ok_or(SnapshotError::NoCpuid)?;
+        let mut vm: Value = serde_json::from_str(vm).map_err(in_file("state.json"))?;
+        let common_cpuid = vm
+            .get_mut("common_cpuid")
+            .map(Value::take)
+            .ok_or(SnapshotError::NoCpuid)?;
+        let migration = MigrationConfig {
+            vm_config: serde_json::from_slice(config).map_err(in_file("config.json"))?,
+            common_cpuid,
+            memory_manager_data: &self.memory,
+        };
+        serde_json::to_vec(&migration).map_err(in_file("state.json"))
     }
 
     pub(super) fn write(mut self) -> Result<Vec<u8>, SnapshotError> {

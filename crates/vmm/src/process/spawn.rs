@@ -106,8 +106,13 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
         // SAFETY: what runs between fork and exec is one system call: it takes no lock and allocates nothing.
         unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
     }
+    spawn_watched(command)
+}
+
+/// Starts a process beside a VMM. The same as for a VMM is true of it, but that it has no socket.
+pub(crate) fn spawn_watched(mut command: Command) -> Result<KillGuard, VmmError> {
     let mut child = command.spawn().map_err(|source| VmmError::Spawn {
-        binary: launch.binary.clone(),
+        binary: command.get_program().into(),
         source,
     })?;
     match VmmProcess::of_child(child.id()) {
@@ -148,7 +153,8 @@ pub(crate) fn remove_socket(socket: &Path) -> io::Result<()> {
     }
 }
 
-fn append_to(path: PathBuf) -> Result<Stdio, VmmError> {
+/// Opens a log for a process to write to; what is there already is kept.
+pub(crate) fn append_to(path: PathBuf) -> Result<Stdio, VmmError> {
     let opened = OpenOptions::new()
         .create(true)
         .append(true)

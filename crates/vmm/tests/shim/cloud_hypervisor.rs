@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use insta::assert_snapshot;
 use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
 use stencil_uffd::{Gpa, Mark};
-use stencil_vmm::{CloudHypervisor, HotPages, Hypervisor, KillGuard, Restore, Restored, VmmError};
+use stencil_vmm::{
+    CloudHypervisor, HotPages, Hypervisor, KillGuard, PagerCommand, Restore, Restored, VmmError,
+};
 use tempfile::TempDir;
 
 use crate::directory::{fixture, spawn};
@@ -15,7 +17,7 @@ use crate::fake::wait_until_ready;
 
 const MIB: u64 = 1 << 20;
 /// Which memory the snapshots hold.
-const MEMORY: &str = "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
+pub(crate) const MEMORY: &str = "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
 
 /// A backend with a fake Cloud Hypervisor, and a place for instances.
 pub(crate) struct World {
@@ -41,9 +43,14 @@ impl World {
         symlink(std::env::current_exe().unwrap(), root.path().join("program")).unwrap();
         fs::write(root.path().join("version"), version).unwrap();
         fs::write(root.path().join("faults"), faults).unwrap();
+        symlink(fixture("vmms/pager"), root.path().join("pager")).unwrap();
+        let pager = PagerCommand {
+            program: root.path().join("pager"),
+            arguments: Vec::new(),
+        };
         Self {
             root,
-            vmm: CloudHypervisor::new(binary),
+            vmm: CloudHypervisor::new(binary).with_pager(pager),
         }
     }
 
@@ -99,7 +106,7 @@ impl World {
             .await
     }
 
-    async fn restore_with(
+    pub(crate) async fn restore_with(
         &self,
         dir: &InstanceDir,
         snapshot: &SnapshotDir,
@@ -267,10 +274,15 @@ async fn a_snapshot_waits_until_lazy_memory_is_there() {
 
 #[tokio::test]
 async fn a_memory_mode_that_its_release_does_not_have_is_refused() {
-    for (version, mode) in [("51.0", MemoryMode::OnDemand)] {
+    use MemoryMode::{Copy, Cow, OnDemand, Uffd};
+    for (version, modes) in [
+        ("51.0", vec![Copy, Cow]),
+        ("52.0", vec![Copy, Cow, OnDemand]),
+        ("53.0", vec![Copy, Cow, Uffd, OnDemand]),
+    ] {
         let world = World::with(&format!("cloud-hypervisor v{version}\n"), "");
         world.vmm.version().await.unwrap();
-        assert!(!world.vmm.capabilities().memory_modes.contains(&mode));
+        assert_eq!(world.vmm.capabilities().memory_modes, modes, "{version}");
     }
 }
 
@@ -316,9 +328,10 @@ async fn a_vm_whose_memory_cannot_be_mapped_is_copied_and_the_reason_told() {
 }
 
 #[tokio::test]
-async fn a_memory_mode_that_it_does_not_have_is_refused() {
-    let world = World::new();
+async fn memory_that_nobody_serves_is_refused() {
+    let mut world = World::new();
     let template = world.snapshot().await;
+    world.vmm = CloudHypervisor::new(world.file("cloud-hypervisor"));
     let dir = world.instance("fork");
     let _process = world.spawn(&dir).await;
     let error = world
@@ -389,7 +402,12 @@ async fn it_counts_no_pages() {
 #[test]
 fn the_documentation_has_the_capabilities_of_the_code() {
     let microvm = stencil_vmm::MicroVm::new("stencil-microvm".into());
-    let backends: [&dyn Hypervisor; 2] = [&microvm, &CloudHypervisor::new("cloud-hypervisor".into())];
+    let pager = PagerCommand {
+        program: "stencil".into(),
+        arguments: vec!["pager".into()],
+    };
+    let cloud_hypervisor = CloudHypervisor::new("cloud-hypervisor".into()).with_pager(pager);
+    let backends: [&dyn Hypervisor; 2] = [&microvm, &cloud_hypervisor];
     let row = |label: &str, cell: &dyn Fn(&dyn Hypervisor) -> String| {
         let cells: Vec<String> = backends.iter().map(|backend| cell(*backend)).collect();
         format!("| {label} | {} |\n", cells.join(" | "))

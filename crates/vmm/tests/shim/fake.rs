@@ -2,7 +2,10 @@
 //! state machine. It is this test program in another role; `fixtures/vmms/cloud-hypervisor` starts it.
 //!
 //! Its guest is a counter at the beginning of its memory. It counts each time that it is resumed, and prints that to the
-//! serial port. Each request is noted in the log, `vmm.log`.
+//! serial port. Where its memory is served, it then touches the pages that are listed in the file `touches` beside the program,
+//! such as `5 9w 3`. Each request is noted in the log, `vmm.log`.
+
+mod receiver;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -11,12 +14,14 @@ use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::{Value, json};
 
 use crate::directory::fixture;
 use crate::replayer::recorded;
+use receiver::{Shared, receive};
 
 /// What a test asks to know that the fake has started; it is answered as every unknown path.
 const READY: &str = "fake.ready";
@@ -35,6 +40,7 @@ fn plays_cloud_hypervisor() {
     let console = std::env::var("FAKE_CONSOLE").unwrap().parse().unwrap();
     let mut fake = Fake {
         faults: Faults::read(Path::new(&home)),
+        touches: fs::read_to_string(Path::new(&home).join("touches")).unwrap_or_default(),
         // SAFETY: the script has opened it for this, and nobody else in this program knows of it.
         console: unsafe { File::from_raw_fd(console) },
         vm: None,
@@ -63,6 +69,7 @@ fn ask(socket: &Path, what: &str) {
 
 struct Fake {
     faults: Faults,
+    touches: String,
     console: File,
     vm: Option<Vm>,
 }
@@ -75,6 +82,24 @@ struct Vm {
     memory: &'static str,
     /// How many snapshots are refused because its memory is still coming.
     coming: u32,
+    /// Its memory, if that is served.
+    served: Option<Arc<Shared>>,
+}
+
+impl Vm {
+    /// Touches pages, writing some; tells what was in each.
+    fn touch(&self, touches: &str) -> String {
+        let mut told = String::new();
+        for touch in touches.split_ascii_whitespace() {
+            let Some(served) = &self.served else { break };
+            let page = touch.trim_end_matches('w').parse().unwrap();
+            write!(told, " {page}={}", served.read(page)).unwrap();
+            if touch.ends_with('w') {
+                served.write(page, 255);
+            }
+        }
+        told
+    }
 }
 
 /// What goes wrong at which call, such as `vm.boot die`, by lines.
@@ -127,7 +152,11 @@ impl Fake {
 
     fn answer(&mut self, call: &str, body: &Value) -> Reply {
         match call {
-            "vmm.ping" => recorded("ping"),
+            // As it was recorded, but for the pid.
+            "vmm.ping" => reply(
+                200,
+                &json!({"build_version": "v53.0", "version": "53.0.0", "pid": std::process::id(), "features": ["kvm"]}),
+            ),
             "vmm.shutdown" => recorded("vmm-shutdown"),
             "vm.info" => self.info(),
             "vm.create" => self.create(body),
@@ -139,6 +168,10 @@ impl Fake {
                 &path_in(body, "source_url"),
                 body["memory_restore_mode"] == "OnDemand",
             ),
+            "vm.receive-migration" => {
+                assert_eq!(body["memory_mode"], "Postcopy");
+                self.receive_migration(body["receiver_url"].as_str().unwrap())
+            }
             READ => {
                 self.read_console();
                 recorded("unknown-path")
@@ -174,6 +207,7 @@ impl Fake {
             counter: 0,
             memory: "new",
             coming: 0,
+            served: None,
         });
         recorded("create")
     }
@@ -204,8 +238,18 @@ impl Fake {
         let line = match &mut self.vm {
             Some(vm) if vm.state == "Paused" => {
                 vm.state = "Running";
+                if let Some(served) = &vm.served
+                    && vm.counter == 0
+                {
+                    vm.counter = served.read(0).into();
+                }
                 vm.counter += 1;
-                format!("resumed {} in {} memory", vm.counter, vm.memory)
+                format!(
+                    "resumed {} in {} memory{}",
+                    vm.counter,
+                    vm.memory,
+                    vm.touch(&self.touches)
+                )
             }
             _ => return recorded("resume-twice"),
         };
@@ -293,8 +337,24 @@ impl Fake {
             counter: u64::from_le_bytes(counter),
             memory: how,
             coming: if is_lazy { 3 } else { 0 },
+            served: None,
         });
         recorded("restore")
+    }
+
+    fn receive_migration(&mut self, url: &str) -> Reply {
+        let Some(received) = receive(url, &self.faults) else {
+            return error("Migration was aborted");
+        };
+        self.vm = Some(Vm {
+            config: received.config,
+            state: "Paused",
+            counter: 0,
+            memory: "served",
+            coming: 0,
+            served: Some(received.memory),
+        });
+        reply(204, &Value::Null)
     }
 }
 

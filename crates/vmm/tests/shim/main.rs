@@ -12,6 +12,8 @@ mod cloud_hypervisor_faults;
 mod directory;
 mod failures;
 mod fake;
+mod pager;
+mod pager_faults;
 mod processes;
 mod replayer;
 mod requests;

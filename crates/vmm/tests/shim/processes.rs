@@ -12,15 +12,20 @@ use crate::directory::{Scratch, backend, spawn};
 
 /// The identity of a process whose program's name has no blanks, by the shortest way.
 fn identity(pid: u32) -> ProcessIdentity {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    ProcessIdentity {
+    identity_if_there(pid).unwrap()
+}
+
+/// The same of one that may have ended.
+pub(crate) fn identity_if_there(pid: u32) -> Option<ProcessIdentity> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(ProcessIdentity {
         pid,
         start_time: stat.split(' ').nth(21).unwrap().parse().unwrap(),
         boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")
             .unwrap()
             .trim()
             .to_owned(),
-    }
+    })
 }
 
 fn kill(pid: u32, signal: Signal) {

@@ -15,9 +15,9 @@ const TWO_REGIONS_STATE: &str =
 const MEMORY_MANAGER: &str = "/snapshots/memory-manager/snapshot_data/state";
 const GIB: u64 = 1 << 30;
 
-fn plan(map: Option<&'static str>) -> ForkPlan<'static> {
+fn plan(memory: Memory<'static>) -> ForkPlan<'static> {
     ForkPlan {
-        map,
+        memory,
         memory_bytes: 4 * GIB,
         vsock_socket: "vsock.sock",
         disks: [("_disk0", "root.img")].into(),
@@ -26,7 +26,7 @@ fn plan(map: Option<&'static str>) -> ForkPlan<'static> {
 }
 
 fn mapped() -> ForkPlan<'static> {
-    plan(Some("/data/template/memory-ranges"))
+    plan(Memory::Map("/data/template/memory-ranges"))
 }
 
 fn value(json: &[u8]) -> Value {
@@ -97,7 +97,7 @@ fn the_recorded_snapshot_is_mapped() {
 
 #[test]
 fn the_recorded_snapshot_is_copied() {
-    assert_snapshot!(changes(&plan(None), RECORDED_CONFIG, RECORDED_STATE));
+    assert_snapshot!(changes(&plan(Memory::Read), RECORDED_CONFIG, RECORDED_STATE));
 }
 
 #[test]
@@ -107,7 +107,28 @@ fn two_regions_and_devices_are_mapped() {
 
 #[test]
 fn two_regions_and_devices_are_copied() {
-    assert_snapshot!(changes(&plan(None), DEVICES_CONFIG, TWO_REGIONS_STATE));
+    assert_snapshot!(changes(&plan(Memory::Read), DEVICES_CONFIG, TWO_REGIONS_STATE));
+}
+
+#[test]
+fn two_regions_and_devices_are_served() {
+    assert_snapshot!(changes(&plan(Memory::Serve), DEVICES_CONFIG, TWO_REGIONS_STATE));
+}
+
+#[test]
+fn what_a_migration_says_of_a_vm_has_its_definition_its_cpuid_and_its_memory() {
+    let rewritten = plan(Memory::Serve)
+        .apply(RECORDED_CONFIG.as_bytes(), RECORDED_STATE.as_bytes())
+        .unwrap();
+    let state = State::read(&rewritten.state).unwrap();
+    let said = value(&state.migration_config(&rewritten.config).unwrap());
+    assert_eq!(said["vm_config"], value(&rewritten.config));
+    assert_eq!(said["memory_manager_data"], memory_of(&value(&rewritten.state)));
+    assert_eq!(said["common_cpuid"][0]["ebx"], 1_752_462_657);
+    let without = state_with(|_| ()).replace("common_cpuid", "other");
+    let state = State::read(without.as_bytes()).unwrap();
+    let error = state.migration_config(&rewritten.config).unwrap_err();
+    assert_snapshot!(error, @"state.json has no CPUID of the VM in it");
 }
 
 #[test]
@@ -130,7 +151,7 @@ fn a_fork_s_own_snapshot_is_copied_without_the_template_s_file() {
         .unwrap();
     let config = String::from_utf8(first.config).unwrap();
     assert!(config.contains("/data/template/memory-ranges"));
-    let second = plan(None)
+    let second = plan(Memory::Read)
         .apply(config.as_bytes(), RECORDED_STATE.as_bytes())
         .unwrap();
     assert!(
@@ -248,10 +269,14 @@ fn what_cannot_be_mapped_is_copied_and_the_reason_told() {
 
 #[test]
 fn a_memory_file_that_is_cut_off_is_refused_in_both_modes() {
-    for map in [None, Some("/data/template/memory-ranges")] {
+    for memory in [
+        Memory::Read,
+        Memory::Map("/data/template/memory-ranges"),
+        Memory::Serve,
+    ] {
         let short = ForkPlan {
             memory_bytes: (128 << 20) - 1,
-            ..plan(map)
+            ..plan(memory)
         };
         let error = short
             .apply(RECORDED_CONFIG.as_bytes(), RECORDED_STATE.as_bytes())

@@ -1,0 +1,169 @@
+//! A VM whose memory is served by a pager: the pager is started, the VM received, and the VMM ended if the pager fails.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use stencil_core::InstanceDir;
+use stencil_vmm_api::{MigrationMemoryMode, ReceiveMigrationRequest};
+use tokio::net::UnixStream;
+
+use super::pager::{LAST_WORDS, SOCKET, TALLY, tally};
+use crate::process::{append_to, remove_socket, spawn_watched};
+use crate::{Client, Exit, HotPages, KillGuard, PageCounters, Restore, VmmError, VmmProcess};
+
+/// How long the one side of a migration has to notice that the other has failed.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
+
+/// The program that is a pager: what is asked of it is appended to its arguments.
+#[derive(Clone, Debug)]
+pub struct PagerCommand {
+    /// The program, by its absolute path.
+    pub program: PathBuf,
+    /// Its first arguments.
+    pub arguments: Vec<OsString>,
+}
+
+/// Makes the VM of a VMM that has none from the files in its directory, paused.
+pub(super) async fn restore(
+    pager: &PagerCommand,
+    dir: &InstanceDir,
+    client: &Client,
+    vmm: VmmProcess,
+    request: &Restore<'_>,
+) -> Result<(), VmmError> {
+    let socket = dir.path().join(SOCKET);
+    let not_ready = |source| VmmError::Prepare {
+        path: dir.path().to_owned(),
+        source,
+    };
+    // What a killed server left.
+    remove_socket(&socket).map_err(not_ready)?;
+    let directory = open_directory(dir).map_err(not_ready)?;
+    let pager = start(pager, dir, &vmm, request).await?;
+    let received = receive(dir, client, &pager).await;
+    // Best effort: nobody listens there any more, and the next restore removes it.
+    let _ = fs::remove_file(&socket);
+    received?;
+    tokio::spawn(end_with(vmm, pager.keep(), directory));
+    Ok(())
+}
+
+/// Forgets what pagers of an earlier VMM left.
+pub(super) fn forget(dir: &InstanceDir) {
+    for name in [TALLY, LAST_WORDS] {
+        // They are not there as a rule.
+        let _ = fs::remove_file(dir.path().join(name));
+    }
+}
+
+/// What the pager counted; nothing if there was none.
+pub(super) fn page_counters(dir: &InstanceDir) -> PageCounters {
+    tally::read(&dir.path().join(TALLY))
+}
+
+/// Why the pager failed, if it did.
+pub(super) fn last_words(dir: &InstanceDir) -> Option<String> {
+    fs::read_to_string(dir.path().join(LAST_WORDS)).ok()
+}
+
+async fn start(
+    pager: &PagerCommand,
+    dir: &InstanceDir,
+    vmm: &VmmProcess,
+    request: &Restore<'_>,
+) -> Result<KillGuard, VmmError> {
+    let spawn_failed = |source| VmmError::Spawn {
+        binary: pager.program.clone(),
+        source,
+    };
+    let mut command = Command::new(&pager.program);
+    command.args(&pager.arguments).current_dir(dir.path());
+    command
+        .arg("--memory-generation")
+        .arg(request.memory_generation.to_string());
+    match request.hot_pages {
+        HotPages::Unused => {}
+        HotPages::Prefetch(list) => {
+            command.arg("--hot-pages").arg(crate::rest::absolute(list));
+        }
+        HotPages::Record => {
+            command.arg("--record");
+        }
+    }
+    command
+        .stdin(Stdio::from(vmm.pidfd().map_err(spawn_failed)?))
+        .stdout(append_to(dir.vmm_log())?)
+        .stderr(append_to(dir.vmm_log())?);
+    // If this future is dropped, what the blocking task started is killed by the guard that it returns.
+    let started = tokio::task::spawn_blocking(move || spawn_watched(command)).await;
+    started.map_err(|error| spawn_failed(std::io::Error::other(error)))?
+}
+
+/// Lets Cloud Hypervisor receive the VM from the pager.
+async fn receive(dir: &InstanceDir, client: &Client, pager: &VmmProcess) -> Result<(), VmmError> {
+    let migration = ReceiveMigrationRequest {
+        // In its working directory, whatever that is called by now.
+        receiver_url: format!("unix:{SOCKET}"),
+        memory_mode: MigrationMemoryMode::Postcopy,
+    };
+    let mut received = std::pin::pin!(client.receive_migration(&migration));
+    let received = tokio::select! {
+        received = &mut received => received,
+        exit = pager.exited() => {
+            if exit != Exit::Code(0) {
+                // It may still wait for the pager to connect.
+                drop(UnixStream::connect(dir.path().join(SOCKET)).await);
+            }
+            match tokio::time::timeout(AFTER_FAILURE, received).await {
+                Ok(received) => received,
+                Err(_elapsed) => return Err(failed(dir, exit, None)),
+            }
+        }
+    };
+    let Err(error) = received else {
+        return Ok(());
+    };
+    match pager.exited_within(AFTER_FAILURE).await {
+        Some(exit) if exit != Exit::Code(0) => Err(failed(dir, exit, Some(Box::new(error)))),
+        _ => Err(error),
+    }
+}
+
+fn failed(dir: &InstanceDir, exit: Exit, source: Option<Box<VmmError>>) -> VmmError {
+    VmmError::Pager {
+        said: last_words(dir).unwrap_or_else(|| exit.to_string()),
+        source,
+    }
+}
+
+/// Ends the VMM if its pager fails: its guest would go on until it touches a page that is not there.
+async fn end_with(vmm: VmmProcess, pager: VmmProcess, directory: OwnedFd) {
+    let exit = pager.exited().await;
+    if exit == Exit::Code(0) || vmm.has_exited().is_some() {
+        return;
+    }
+    let (pid, pager) = (vmm.identity().pid, pager.identity().pid);
+    tracing::error!(pid, pager, %exit, "a pager failed; its VMM is ended");
+    // By the descriptor: the directory may have another name by now.
+    let made = rustix::fs::openat(
+        &directory,
+        LAST_WORDS,
+        OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::RUSR | Mode::WUSR,
+    );
+    // It is there if the pager itself could say why.
+    if let Ok(words) = made {
+        let _ = rustix::io::write(words, format!("its pager ended: {exit}").as_bytes());
+    }
+    drop(vmm.kill_on_drop());
+}
+
+fn open_directory(dir: &InstanceDir) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(dir.path(), flags, Mode::empty())?)
+}
