@@ -149,6 +149,10 @@ impl Hypervisor for Hosted {
         connected.map_err(|source: io::Error| VmmError::Agent { socket, source })
     }
 
+    fn last_words(&self, _: &InstanceDir) -> Option<String> {
+        None
+    }
+
     async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
         Ok(process.terminate().await?)
     }
