@@ -24,6 +24,9 @@ const ENVIRONMENT: [(&str, &str); 2] = [
     ("HOME", "/root"),
 ];
 
+/// The most characters of a reason.
+const LONGEST_WHY: usize = 1000;
+
 /// Why no command was begun.
 #[derive(Debug)]
 pub(crate) struct NotBegun {
@@ -33,10 +36,9 @@ pub(crate) struct NotBegun {
 
 impl NotBegun {
     pub(crate) fn new(error: ExecError, why: impl Into<String>) -> Self {
-        Self {
-            error,
-            why: why.into(),
-        }
+        // It may say what was asked for, and has to fit into a frame whatever that was.
+        let why = why.into().chars().take(LONGEST_WHY).collect();
+        Self { error, why }
     }
 }
 
@@ -193,6 +195,5 @@ fn not_spawned(exec: &Exec, error: &io::Error) -> NotBegun {
         (ErrorKind::InvalidInput | ErrorKind::ArgumentListTooLong, _) => ExecError::BadRequest,
         _ => ExecError::Failed,
     };
-    let program: String = exec.argv[0].chars().take(256).collect();
-    NotBegun::new(kind, format!("could not run {program:?}: {error}"))
+    NotBegun::new(kind, format!("could not run it: {error}: {:?}", exec.argv[0]))
 }

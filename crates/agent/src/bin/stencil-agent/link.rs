@@ -67,9 +67,10 @@ impl Link {
     /// Notes what has changed; a host that comes takes the place of the one before.
     pub(crate) fn look(&mut self) -> rustix::io::Result<()> {
         let mut events = [MaybeUninit::uninit(); 4];
-        let (events, _) = epoll::wait(&self.watch, &mut events, Some(&rustix::time::Timespec::default()))?;
-        if !events.is_empty() {
-            (self.may_read, self.may_write) = (true, true);
+        match epoll::wait(&self.watch, &mut events, Some(&rustix::time::Timespec::default())) {
+            Ok(([], _)) | Err(Errno::INTR) => {}
+            Ok(_) => (self.may_read, self.may_write) = (true, true),
+            Err(error) => return Err(error),
         }
         let Some(listener) = &self.listener else {
             return Ok(());
