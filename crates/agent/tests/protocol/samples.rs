@@ -121,14 +121,19 @@ pub(crate) fn to_host() -> Vec<ToHost> {
     ]
 }
 
+fn stdin((session, bytes): (u32, Vec<u8>)) -> ToGuest {
+    let session = SessionId(session);
+    ToGuest::Stdin { session, bytes }
+}
+
 /// Messages of all sizes that may be in a frame.
 pub(crate) fn any_to_guest() -> impl Strategy<Value = ToGuest> {
     prop_oneof![
         proptest::sample::select(to_guest()),
-        (any::<u32>(), vec(any::<u8>(), 0..=CHUNK)).prop_map(|(session, bytes)| ToGuest::Stdin {
-            session: SessionId(session),
-            bytes,
-        }),
+        (any::<u32>(), vec(any::<u8>(), 0..300)).prop_map(stdin),
+        // COBS counts in blocks of 254 bytes without zeros; long ones of one byte are quickly made.
+        (any::<u32>(), any::<u8>(), 0..=CHUNK)
+            .prop_map(|(session, byte, length)| stdin((session, vec![byte; length]))),
         (
             vec(".*", 1..8),
             vec((".*", ".*"), 0..8),
