@@ -80,6 +80,17 @@ pub(crate) enum Body {
     Bytes(Vec<u8>),
 }
 
+impl Body {
+    /// `Null` is no body.
+    fn of(json: Value) -> Self {
+        if json.is_null() {
+            Self::Nothing
+        } else {
+            Self::Json(json)
+        }
+    }
+}
+
 /// A client of one server, by its socket.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
@@ -99,15 +110,7 @@ impl Client {
 
     /// `Null` is no body.
     pub(crate) fn post(&self, path: &str, body: Value) -> Result<Reply, ClientError> {
-        self.call(
-            Method::POST,
-            path,
-            if body.is_null() {
-                Body::Nothing
-            } else {
-                Body::Json(body)
-            },
-        )
+        self.call(Method::POST, path, Body::of(body))
     }
 
     pub(crate) fn patch(&self, path: &str, body: Value) -> Result<Reply, ClientError> {
@@ -201,10 +204,10 @@ impl Connection {
         Ok(Self { runtime, sender })
     }
 
-    /// Calls the server and reads the whole answer.
+    /// Calls the server and reads the whole answer; `Null` is no body.
     pub(crate) fn post(&mut self, path: &str, body: Value) -> Result<Reply, ClientError> {
         let call = format!("POST {path}");
-        let request = request(Method::POST, path, Body::Json(body), &call)?;
+        let request = request(Method::POST, path, Body::of(body), &call)?;
         let sender = &mut self.sender;
         let reply = async {
             let response = sender.send_request(request).await;
