@@ -33,6 +33,7 @@
 //! walk has come to its end: a small guest's after some seconds.
 
 mod faults;
+mod files;
 mod memory;
 mod sender;
 pub(super) mod tally;
@@ -59,8 +60,8 @@ use super::restore_dir;
 use super::snapshot::{SnapshotError, State};
 pub use faults::FaultError;
 use faults::{Server, has_ended_within};
+pub use files::MemoryError;
 use memory::Memory;
-pub use memory::MemoryError;
 use sender::{Sender, StepError};
 use tally::Tally;
 

@@ -5,13 +5,14 @@
 //! serial port. Where its memory is served, it then touches the pages that are listed in the file `touches` beside the program,
 //! such as `5 9w 3`. Each request is noted in the log, `vmm.log`.
 
+mod http;
 mod receiver;
+mod snapshots;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +22,8 @@ use serde_json::{Value, json};
 
 use crate::directory::fixture;
 use crate::replayer::recorded;
-use receiver::{Shared, receive};
+use http::{Reply, error, read_request, reply};
+use receiver::Shared;
 
 /// What a test asks to know that the fake has started; it is answered as every unknown path.
 const READY: &str = "fake.ready";
@@ -116,9 +118,6 @@ impl Faults {
             .find_map(|line| line.strip_prefix(call)?.strip_prefix(' '))
     }
 }
-
-/// A reply as it goes over the wire.
-type Reply = Vec<u8>;
 
 impl Fake {
     /// As in Cloud Hypervisor one thread serves all connections, one after the other.
@@ -272,90 +271,6 @@ impl Fake {
         let length = rustix::io::read(std::io::stdin(), &mut input).unwrap();
         self.print(&format!("read {}", input[..length].escape_ascii()));
     }
-
-    fn snapshot(&mut self, directory: &Path) -> Reply {
-        let Some(vm) = self.vm.as_mut().filter(|vm| vm.state == "Paused") else {
-            return recorded("snapshot-while-running");
-        };
-        if vm.coming > 0 {
-            vm.coming -= 1;
-            return error("VM on-demand memory restore is still in progress");
-        }
-        let Ok(mut entries) = fs::read_dir(directory) else {
-            return recorded("snapshot-missing-directory");
-        };
-        if entries.next().is_some() {
-            return error("the directory is not empty");
-        }
-        let mut state = json_of(&fixture("cloud-hypervisor/state.json"));
-        let mut memory = memory_manager(&state);
-        let size = memory_size(&vm.config);
-        memory["memory_ranges"]["data"][0]["length"] = size.into();
-        memory["guest_ram_mappings"][0]["size"] = size.into();
-        *state.pointer_mut(MEMORY_MANAGER).unwrap() = memory.to_string().into();
-        fs::write(directory.join("config.json"), vm.config.to_string()).unwrap();
-        fs::write(directory.join("state.json"), state.to_string()).unwrap();
-        let ranges = File::create(directory.join("memory-ranges")).unwrap();
-        ranges.set_len(size).unwrap();
-        ranges.write_all_at(&vm.counter.to_le_bytes(), 0).unwrap();
-        recorded("snapshot")
-    }
-
-    fn restore(&mut self, directory: &Path, is_lazy: bool) -> Reply {
-        if self.vm.is_some() {
-            return recorded("restore-twice");
-        }
-        if !directory.is_dir() {
-            return recorded("restore-missing-directory");
-        }
-        let config = json_of(&directory.join("config.json"));
-        let memory = memory_manager(&json_of(&directory.join("state.json")));
-        let mapping = &memory["guest_ram_mappings"][0];
-        let (zone, size) = (&config["memory"]["zones"][0], mapping["size"].as_u64().unwrap());
-        let ranges = memory["memory_ranges"]["data"].as_array().unwrap();
-        let (file, offset, how) = match zone["file"].as_str() {
-            // What is read goes over what is mapped.
-            _ if !ranges.is_empty() && is_lazy => (directory.join("memory-ranges"), 0, "lazy"),
-            _ if !ranges.is_empty() => (directory.join("memory-ranges"), 0, "copied"),
-            Some(file) => (file.into(), mapping["file_offset"].as_u64().unwrap(), "mapped"),
-            None => return error("the memory is nowhere"),
-        };
-        let Ok(file) = File::open(file) else {
-            return error("the memory file cannot be opened");
-        };
-        if file.metadata().unwrap().len() < offset + size {
-            return error("the memory file is too short");
-        }
-        if let Err(refused) = listen_for_the_guest(&config) {
-            return refused;
-        }
-        let mut counter = [0; 8];
-        file.read_exact_at(&mut counter, offset).unwrap();
-        self.vm = Some(Vm {
-            config,
-            state: "Paused",
-            counter: u64::from_le_bytes(counter),
-            memory: how,
-            coming: if is_lazy { 3 } else { 0 },
-            served: None,
-        });
-        recorded("restore")
-    }
-
-    fn receive_migration(&mut self, url: &str) -> Reply {
-        let Some(received) = receive(url, &self.faults) else {
-            return error("Migration was aborted");
-        };
-        self.vm = Some(Vm {
-            config: received.config,
-            state: "Paused",
-            counter: 0,
-            memory: "served",
-            coming: 0,
-            served: Some(received.memory),
-        });
-        reply(204, &Value::Null)
-    }
 }
 
 /// The vsock device. In the guest somebody listens on port 1024, who says each byte back.
@@ -384,42 +299,6 @@ fn serve_vsock(mut connection: UnixStream) {
     while connection.read_exact(&mut byte).is_ok() {
         connection.write_all(&byte).unwrap();
     }
-}
-
-/// The last part of the path and the body; nothing at the end of the connection.
-fn read_request(connection: &mut UnixStream) -> Option<(String, String)> {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        connection.read_exact(&mut byte).ok()?;
-        head.extend(byte);
-    }
-    let head = String::from_utf8(head).unwrap();
-    let call = head.split(' ').nth(1)?.strip_prefix("/api/v1/")?.to_owned();
-    let length = head
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length: "))
-        .map_or(0, |length| length.parse().unwrap());
-    let mut body = vec![0; length];
-    connection.read_exact(&mut body).ok()?;
-    Some((call, String::from_utf8(body).unwrap()))
-}
-
-fn error(why: &str) -> Reply {
-    reply(500, &json!(["Error from API", "The VM could not do it", why]))
-}
-
-fn reply(status: u16, body: &Value) -> Reply {
-    let body = body.to_string();
-    let mut reply =
-        format!("HTTP/1.1 {status} \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n");
-    write!(
-        reply,
-        "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .unwrap();
-    reply.into_bytes()
 }
 
 fn recorded_config() -> Value {

@@ -87,6 +87,29 @@ async fn a_vmm_that_does_not_receive_leaves_no_pager_that_waits_for_it() {
 }
 
 #[tokio::test]
+async fn a_restore_that_is_given_up_leaves_no_pager() {
+    let world = World::with_fault("vm.receive-migration", "hang");
+    let template = world.snapshot().await;
+    let dir = world.instance("fork");
+    let _process = world.spawn(&dir).await;
+    let pager = tokio::select! {
+        restored = world.restore(&dir, &template, MemoryMode::Uffd) => panic!("{restored:?}"),
+        pager = first_pager(&dir) => pager,
+    };
+    pager.exited().await;
+    assert!(pagers(&dir).is_empty());
+}
+
+async fn first_pager(dir: &InstanceDir) -> VmmProcess {
+    loop {
+        if let Some(pager) = pagers(dir).pop() {
+            return pager;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn a_memory_file_that_is_cut_off_is_refused_before_anything_is_started() {
     let world = World::new();
     let template = world.snapshot().await;

@@ -15,7 +15,8 @@ use stencil_core::{InstanceDir, error_chain};
 use stencil_uffd::{Closed, Fatal, Gpa, Mark, PAGE_SIZE, Recorder, Window};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::memory::{Files, Memory};
+use super::files::Files;
+use super::memory::Memory;
 use super::tally::Tally;
 use super::walk::{Asker, Walk};
 use super::wire::{Command, PageFault, Response};
@@ -114,6 +115,9 @@ impl Server {
         if let Some(saving) = self.saving.take() {
             // What it could not do, it has said.
             let _ = saving.join();
+        }
+        if served.is_err() {
+            self.tally.recording.set(0);
         }
         let _ = self.tally.write();
         served?;

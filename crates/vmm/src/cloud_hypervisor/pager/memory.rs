@@ -1,66 +1,22 @@
-//! The guest's memory as the pager gives it to Cloud Hypervisor: a memfd for each region, filled from the snapshot.
+//! The guest's memory as the pager gives it to Cloud Hypervisor: what is in it already, and in which order the rest comes.
 //!
 //! Pages are put in by writing to the file, never through a mapping: the guest's userfaultfd tells of pages that are not in
 //! the file, and a page that is written is there as a whole or not at all. Pages of zeros that the snapshot knows without
 //! reading are only put in when somebody waits for them; the others may stay away for ever.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom, fallocate, ftruncate, memfd_create, seek};
 use stencil_uffd::{Extent, Fatal, Gpa, HotPages, PAGE_SIZE, PageSource};
 
+use super::files::{Files, MemoryError, PAGE, pages_of};
 use super::tally::Tally;
 use crate::cloud_hypervisor::snapshot::Mapping;
 
-/// Bytes that are moved at a time at most: a page that the guest waits for comes after these.
+/// Pages that are moved at a time at most, 256 KiB: one that the guest waits for comes after these.
 const BATCH: usize = 64;
-const PAGE: usize = 4096;
-const _: () = assert!(PAGE as u64 == PAGE_SIZE, "pages are those of the image");
-
-/// There is no memory to give.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// The kernel gives no memfd.
-    #[error("memory for the guest cannot be had")]
-    Memfd(#[source] io::Error),
-    /// Pages could appear that nobody filled.
-    #[error(
-        "this host puts shared memory in huge pages, which cannot be served page by page; \
-         set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise"
-    )]
-    HugePages,
-    /// The VM's memory is not in the snapshot.
-    #[error("the guest's memory of {size} bytes at {gpa:#x} is not in the snapshot in one piece")]
-    NotInImage {
-        /// Where it begins in the guest.
-        gpa: u64,
-        /// Its length in bytes.
-        size: u64,
-    },
-}
-
-/// A region of guest memory.
-#[derive(Debug)]
-pub(super) struct Region {
-    pub(super) slot: u32,
-    pub(super) file: File,
-    gpa: u64,
-    pages: usize,
-    /// Where it begins in the image, in bytes.
-    offset: u64,
-}
-
-/// The parts that do not change: to be shared with who compares pages.
-#[derive(Debug)]
-pub(super) struct Files {
-    pub(super) regions: Vec<Region>,
-    source: Arc<dyn PageSource>,
-}
 
 /// All of it.
 #[derive(Debug)]
@@ -83,18 +39,14 @@ impl Memory {
         source: Arc<dyn PageSource>,
         tally: Arc<Tally>,
     ) -> Result<Self, MemoryError> {
-        check_page_size()?;
-        let regions = mappings
-            .iter()
-            .map(|mapping| region(mapping, source.as_ref()))
-            .collect::<Result<Vec<_>, _>>()?;
-        let settled = mappings
-            .iter()
-            .map(|mapping| vec![false; pages_of(mapping.size)])
-            .collect();
+        let files = Files::new(mappings, source)?;
         Ok(Self {
-            files: Arc::new(Files { regions, source }),
-            settled,
+            settled: files
+                .regions
+                .iter()
+                .map(|region| vec![false; region.pages])
+                .collect(),
+            files: Arc::new(files),
             first: VecDeque::new(),
             rest: (0, 0),
             buffer: vec![0; BATCH * PAGE],
@@ -131,10 +83,9 @@ impl Memory {
             Extent::Data(_) => Ok(true),
             Extent::Zeros(_) => {
                 self.tally.zero_pages.add(1);
-                let place = &self.files.regions[region];
-                // Nothing changes if it is there already.
-                fallocate(&place.file, FallocateFlags::empty(), place.place(page), PAGE_SIZE)
-                    .map_err(|error| self.not_filled(region, page, error.into()))?;
+                self.files
+                    .write_zeros(region, page)
+                    .map_err(|why| self.not_filled(region, page, why))?;
                 Ok(false)
             }
         }
@@ -236,10 +187,8 @@ impl Memory {
             .source
             .read(self.files.offset(region, page), bytes)
             .map_err(|why| self.unreadable(region, page, why))?;
-        let place = &self.files.regions[region];
-        place
-            .file
-            .write_all_at(bytes, place.place(page))
+        self.files
+            .write(region, page, bytes)
             .map_err(|why| self.not_filled(region, page, why))?;
         self.tally.bytes_read.add(bytes.len() as u64);
         self.tally.copied_pages.add(count as u64);
@@ -272,88 +221,4 @@ impl Memory {
             source,
         }
     }
-}
-
-impl Files {
-    /// Whether a page, which is there, has other bytes than the snapshot.
-    pub(super) fn differs(&self, gpa: Gpa) -> io::Result<bool> {
-        let (region, page) = self.locate(gpa).ok_or(io::ErrorKind::NotFound)?;
-        let (mut now, mut then) = ([0; PAGE], [0; PAGE]);
-        let place = &self.regions[region];
-        place.file.read_exact_at(&mut now, place.place(page))?;
-        self.source.read(self.offset(region, page), &mut then)?;
-        Ok(now != then)
-    }
-
-    fn locate(&self, gpa: Gpa) -> Option<(usize, usize)> {
-        self.regions.iter().enumerate().find_map(|(index, region)| {
-            let page = usize::try_from(gpa.get().checked_sub(region.gpa)? / PAGE_SIZE).ok()?;
-            (page < region.pages).then_some((index, page))
-        })
-    }
-
-    pub(super) fn gpa(&self, region: usize, page: usize) -> Gpa {
-        Gpa::new(self.regions[region].gpa + self.regions[region].place(page))
-    }
-
-    fn offset(&self, region: usize, page: usize) -> u64 {
-        self.regions[region].offset + self.regions[region].place(page)
-    }
-}
-
-impl Region {
-    /// Where in its file a page begins, in bytes.
-    const fn place(&self, page: usize) -> u64 {
-        page as u64 * PAGE_SIZE
-    }
-}
-
-fn region(mapping: &Mapping, source: &dyn PageSource) -> Result<Region, MemoryError> {
-    let Mapping { gpa, size, slot, .. } = *mapping;
-    let not_in_image = MemoryError::NotInImage { gpa, size };
-    let last = size.checked_sub(PAGE_SIZE).and_then(|last| gpa.checked_add(last));
-    let (Some(last), true) = (
-        last,
-        gpa.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE),
-    ) else {
-        return Err(not_in_image);
-    };
-    let table = source.table();
-    let offset = table.offset_of(Gpa::new(gpa)).ok_or(not_in_image)?;
-    // In one piece: what lies between them lies between them in the image.
-    if table.offset_of(Gpa::new(last)) != offset.checked_add(size - PAGE_SIZE) {
-        return Err(MemoryError::NotInImage { gpa, size });
-    }
-    let file = memfd("guest-memory", size).map_err(MemoryError::Memfd)?;
-    let pages = pages_of(size);
-    Ok(Region {
-        slot,
-        file,
-        gpa,
-        pages,
-        offset,
-    })
-}
-
-fn memfd(name: &str, size: u64) -> io::Result<File> {
-    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
-    ftruncate(&file, size)?;
-    Ok(file)
-}
-
-/// That a page which is written brings no other with it: in a huge page the others would be zeros, there, and never asked for.
-fn check_page_size() -> Result<(), MemoryError> {
-    let probe = || -> io::Result<bool> {
-        let file = memfd("probe", 4 << 20)?;
-        file.write_all_at(&[1], 0)?;
-        Ok(seek(&file, SeekFrom::Hole(0))? == PAGE_SIZE)
-    };
-    match probe().map_err(MemoryError::Memfd)? {
-        true => Ok(()),
-        false => Err(MemoryError::HugePages),
-    }
-}
-
-const fn pages_of(bytes: u64) -> usize {
-    (bytes / PAGE_SIZE) as usize
 }
