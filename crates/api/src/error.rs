@@ -123,11 +123,18 @@ fn told(error: &EngineError) -> ApiError {
         EngineError::OtherVersion { made_by, here, .. } => ApiError::conflict("invalid_state", message)
             .with("made_by", made_by.as_str())
             .with("here", here.as_str()),
+        EngineError::OtherCpu { made_on, here, .. } => ApiError::conflict("invalid_state", message)
+            .with("made_on", made_on.as_str())
+            .with("here", here.as_str()),
         EngineError::Store(error) => store(error),
         EngineError::Vmm {
             source: full @ VmmError::ConsoleFull { .. },
             ..
         } => ApiError::conflict("console_full", full.to_string()),
+        EngineError::Vmm {
+            id,
+            source: cannot @ VmmError::NestedState { .. },
+        } => ApiError::conflict("cannot_snapshot", format!("{cannot}; instance {id} is as it was")),
         EngineError::Vmm { id, source } => ApiError::internal(vmm(id, source)),
         EngineError::SourceNotRestored { forks, source, .. } => {
             let cause = told(source);
@@ -343,6 +350,11 @@ mod tests {
                 made_by: "0.1.0".to_owned(),
                 here: "0.2.0".to_owned(),
             },
+            EngineError::OtherCpu {
+                id: id(),
+                made_on: "A CPU @ 3.00GHz".to_owned(),
+                here: "Another CPU".to_owned(),
+            },
             StoreError::NotFound { id: id() }.into(),
             StoreError::Unreadable {
                 id: id(),
@@ -403,6 +415,13 @@ mod tests {
             vmm(VmmError::Snapshot {
                 path: SECRET.into(),
                 source: SnapshotError::Truncated { has: 1, needs: 2 },
+            }),
+            vmm(VmmError::NestedState {
+                source: Box::new(VmmError::Rejected {
+                    call: Call::Snapshot,
+                    status: 500,
+                    body: VmmWords(vec!["Could not get vCPU state GetNestedState".to_owned()]),
+                }),
             }),
             vmm(VmmError::ConsoleFull {
                 taken: 4096,

@@ -44,6 +44,7 @@
 //! # }
 //! ```
 
+pub mod cpu;
 mod error_chain;
 pub mod generation;
 pub mod hypervisor;
@@ -59,6 +60,7 @@ pub mod state;
 pub mod store;
 mod versioned;
 
+pub use cpu::HostCpu;
 pub use error_chain::error_chain;
 pub use generation::{EpochId, GenerationError, MemoryGeneration, VmGeneration};
 pub use hypervisor::{HypervisorName, HypervisorNameError};

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::cpu::HostCpu;
 use crate::generation::MemoryGeneration;
 use crate::hypervisor::HypervisorName;
 use crate::layout::SnapshotDir;
@@ -23,6 +24,9 @@ pub struct SnapshotManifest {
     pub hypervisor: HypervisorName,
     /// The version of that backend's binary.
     pub hypervisor_version: String,
+    /// The CPU that its vCPUs are like; absent where they are like none of a host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_cpu: Option<Box<HostCpu>>,
     /// The identity of its memory.
     pub memory_generation: MemoryGeneration,
     /// The size of the guest's memory in bytes.

@@ -150,6 +150,7 @@ fn fill(scratch: &Path, size: u32) -> Result<InstanceId, Failed> {
             created_at: jiff::Timestamp::now(),
             hypervisor: metadata.spec.hypervisor.clone(),
             hypervisor_version: "0.1.0".to_owned(),
+            host_cpu: None,
             memory_generation: MemoryGeneration::random(),
             memory_bytes: metadata.spec.memory_bytes,
             files: files.iter().filter_map(name_of).collect(),

@@ -11,6 +11,7 @@ use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmP
 
 use crate::admission::check_boot_files;
 use crate::agent::{AgentLink, Identity};
+use crate::cpu::host_cpu;
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
@@ -88,6 +89,15 @@ impl Engine {
     ) -> Result<BroughtBack, EngineError> {
         let id = machine.id;
         let hypervisor = self.hypervisor(machine.hypervisor)?;
+        if let Some(made_on) = &source.manifest.host_cpu
+            && !made_on.can_go_on_on(host_cpu())
+        {
+            return Err(EngineError::OtherCpu {
+                id,
+                made_on: made_on.to_string(),
+                here: host_cpu().to_string(),
+            });
+        }
         let here = hypervisor.version().await.map_err(EngineError::vmm(id))?;
         let made_by = &source.manifest.hypervisor_version;
         if here != *made_by {

@@ -92,6 +92,19 @@ pub enum EngineError {
         /// The version that is here.
         here: String,
     },
+    /// The snapshot was made on a CPU that can do what this host's cannot: its guest relies on that.
+    #[error(
+        "the snapshot of instance {id} was made on another CPU, {made_on}, with features that this host's has not, {here}; \
+         restore it on a host whose CPU has them, or stop the instance to throw the snapshot away"
+    )]
+    OtherCpu {
+        /// Whose snapshot.
+        id: InstanceId,
+        /// The name of the CPU on which it was made.
+        made_on: String,
+        /// The name of this host's.
+        here: String,
+    },
     /// The data directory could not be read or written.
     #[error("the data directory could not be used")]
     Store(#[from] StoreError),

@@ -59,6 +59,7 @@ mod begin;
 mod bring_up;
 mod changes;
 mod console;
+mod cpu;
 mod create;
 mod delete;
 mod engine;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use stencil_core::{EpochKind, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State};
 
 use crate::bring_up::{Machine, SnapshotSource};
+use crate::cpu::host_cpu;
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
@@ -118,6 +119,10 @@ impl Engine {
             created_at: jiff::Timestamp::now(),
             hypervisor: metadata.spec.hypervisor.clone(),
             hypervisor_version,
+            host_cpu: hypervisor
+                .capabilities()
+                .host_cpu
+                .then(|| Box::new(host_cpu().clone())),
             memory_generation: MemoryGeneration::random(),
             memory_bytes: metadata.spec.memory_bytes,
             files: SnapshotManifest::REQUIRED

@@ -64,6 +64,8 @@ const ON_DEMAND_SINCE: u32 = 52;
 const POSTCOPY_SINCE: u32 = 53;
 /// APIC ids have 8 bits where there is no interrupt remapping, and the last means all of them.
 const MAX_VCPUS: u32 = 254;
+/// What a refused snapshot says where KVM gives no nested state (v53, `hypervisor/src/cpu.rs`).
+const NESTED_STATE: &str = "GetNestedState";
 /// Name of the memory zone.
 const ZONE: &str = "mem0";
 
@@ -139,6 +141,7 @@ impl Hypervisor for CloudHypervisor {
         Capabilities {
             memory_modes: self.memory_modes(),
             max_vcpus: MAX_VCPUS,
+            host_cpu: true,
             firmware: true,
             console_input: true,
             tells_identity: false,
@@ -202,7 +205,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn snapshot(&self, dir: &InstanceDir, destination: &SnapshotDir) -> Result<(), VmmError> {
-        lazy::snapshot(dir, destination).await
+        lazy::snapshot(dir, destination).await.map_err(nested_state)
     }
 
     async fn restore(&self, dir: &InstanceDir, asked: &Restore<'_>) -> Result<Restored, VmmError> {
@@ -303,6 +306,18 @@ fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
         vsock: Some(agent::vsock()),
         ..rest::vm_config(spec)?
     })
+}
+
+/// What a refused snapshot means where the host's KVM does not tell a vCPU's nested state (`KVM_GET_NESTED_STATE`).
+fn nested_state(failed: VmmError) -> VmmError {
+    match &failed {
+        VmmError::Rejected { body, .. } if body.0.iter().any(|line| line.contains(NESTED_STATE)) => {
+            VmmError::NestedState {
+                source: Box::new(failed),
+            }
+        }
+        _ => failed,
+    }
 }
 
 /// `--version` says `v53.0`.

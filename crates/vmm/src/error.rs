@@ -205,6 +205,17 @@ pub enum VmmError {
         body: ErrorBody,
     },
 
+    /// The host's KVM lacks what Cloud Hypervisor puts into every snapshot.
+    #[error(
+        "Cloud Hypervisor cannot snapshot VMs on this host: it saves the state of nested virtualisation of each vCPU, and \
+         this host's KVM has none to give (kvm-pvm has not); standby and forks take another hypervisor here, such as \
+         microvm, or a host with VT-x or AMD-V"
+    )]
+    NestedState {
+        /// How it refused.
+        source: Box<VmmError>,
+    },
+
     /// The reply's body is larger than any reply of a VMM.
     #[error("{call}: the VMM's reply is larger than {limit} bytes")]
     TooLarge {

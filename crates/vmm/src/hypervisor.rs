@@ -132,6 +132,8 @@ pub struct Capabilities {
     pub memory_modes: Vec<MemoryMode>,
     /// The most vCPUs that a VM can have.
     pub max_vcpus: u32,
+    /// Whether the vCPUs are like the host's CPU, so that a snapshot goes on only where all of its features are.
+    pub host_cpu: bool,
     /// Whether a VM can start firmware instead of a kernel.
     pub firmware: bool,
     /// Whether the guest's serial port takes input; see [`Hypervisor::console_input`].

@@ -65,6 +65,7 @@ impl Hypervisor for MicroVm {
         Capabilities {
             memory_modes: vec![MemoryMode::Copy, MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: MICROVM_MAX_VCPUS,
+            host_cpu: true,
             firmware: false,
             console_input: true,
             tells_identity: true,

@@ -36,6 +36,7 @@ fn with_warm_on_standby() -> TempDir {
         created_at: now,
         hypervisor: spec.hypervisor.clone(),
         hypervisor_version: "0.1.0".to_owned(),
+        host_cpu: None,
         memory_generation: MemoryGeneration::random(),
         memory_bytes: spec.memory_bytes,
         files: files

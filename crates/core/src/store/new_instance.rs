@@ -77,6 +77,7 @@ impl NewInstance {
             created_at: manifest.created_at,
             hypervisor: manifest.hypervisor.clone(),
             hypervisor_version: manifest.hypervisor_version.clone(),
+            host_cpu: manifest.host_cpu.clone(),
             memory_generation: manifest.memory_generation,
             memory_bytes: manifest.memory_bytes,
             files: manifest.files.clone(),

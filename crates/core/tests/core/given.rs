@@ -6,7 +6,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use stencil_core::{
-    Durability, Epoch, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
+    Durability, Epoch, EpochKind, HostCpu, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
     ProcessIdentity, Readiness, SnapshotDir, SnapshotManifest, Store, VmGeneration, VmSpec, VmmRecord,
 };
 use tempfile::TempDir;
@@ -118,6 +118,11 @@ pub(crate) fn snapshot_files(dir: &SnapshotDir) -> SnapshotManifest {
         created_at: time(),
         hypervisor: HYPERVISOR,
         hypervisor_version: "0.1.0".to_owned(),
+        host_cpu: Some(Box::new(HostCpu {
+            vendor: "GenuineIntel".to_owned(),
+            model: "A CPU @ 3.00GHz".to_owned(),
+            features: vec![1, 2],
+        })),
         memory_generation: "00112233445566778899aabbccddeeff".parse().unwrap(),
         memory_bytes: 8192,
         files: [("config.json", 2), ("state.json", 12), ("memory-ranges", 8192)]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use serde_json::Value;
 use stencil_core::State;
 use stencil_engine::{EngineError, ForkRequest};
 
@@ -86,6 +87,41 @@ async fn a_snapshot_is_of_the_version_that_wrote_it_not_of_the_one_installed_mea
         house.engine.restore("web").await,
         Err(EngineError::OtherVersion { made_by, here, .. }) if made_by == "1.0.0" && here == "2.0.0"
     ));
+}
+
+#[tokio::test]
+async fn a_snapshot_of_another_cpu_is_refused_before_a_vmm_is_started() {
+    let house = House::new().await;
+    house.template("warm").await;
+    house.running("web").await;
+    house.engine.standby("web").await.unwrap();
+    for name in ["warm", "web"] {
+        let id = house.engine.get(name).await.unwrap().id;
+        let path = house.metadata_path(&id).with_file_name("snapshot/manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        // No CPU has all features.
+        manifest["host_cpu"]["features"][1] = u32::MAX.into();
+        fs::write(&path, manifest.to_string()).unwrap();
+    }
+    let spawned = || {
+        house
+            .hypervisor
+            .calls()
+            .iter()
+            .filter(|call| *call == "spawn")
+            .count()
+    };
+    let before = spawned();
+    let restored = house.engine.restore("web").await;
+    assert!(
+        matches!(restored, Err(EngineError::OtherCpu { .. })),
+        "{restored:?}"
+    );
+    let forked = house.engine.fork("warm", None, ForkRequest::default()).await;
+    assert!(matches!(forked, Err(EngineError::OtherCpu { .. })), "{forked:?}");
+    assert_eq!(spawned(), before);
+    assert_eq!(house.engine.get("web").await.unwrap().state, State::Standby);
+    assert_eq!(house.directories().len(), 2, "nothing is left of the fork");
 }
 
 #[tokio::test]

@@ -132,6 +132,7 @@ impl Hypervisor for Scripted {
         Capabilities {
             memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
             max_vcpus: 4,
+            host_cpu: true,
             firmware: true,
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),

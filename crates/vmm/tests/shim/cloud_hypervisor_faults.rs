@@ -112,6 +112,25 @@ async fn an_api_that_hangs_is_given_up_at_the_call_s_deadline_and_its_process_en
     assert_eq!(stray_processes(dir.path()), []);
 }
 
+#[tokio::test]
+async fn an_api_that_is_slow_is_given_up_at_the_call_s_deadline_however_much_it_says() {
+    let world = World::with_fault("vm.info", "slow");
+    let dir = world.instance("vm");
+    let process = world.spawn(&dir).await;
+    let error = world.vmm.info(&dir).await.unwrap_err();
+    assert!(
+        matches!(error, VmmError::Timeout { call: Call::Info, .. }),
+        "{error:?}"
+    );
+    world.vmm.stop(&dir, &process).await.unwrap();
+    assert_eq!(stray_processes(dir.path()), []);
+}
+
+#[tokio::test]
+async fn a_host_that_has_no_nested_state_to_snapshot_is_told_in_a_sentence() {
+    assert_snapshot!(error_of("vm.snapshot", "nested-state").await, @"Cloud Hypervisor cannot snapshot VMs on this host: it saves the state of nested virtualisation of each vCPU, and this host's KVM has none to give (kvm-pvm has not); standby and forks take another hypervisor here, such as microvm, or a host with VT-x or AMD-V");
+}
+
 /// The error of a restore, after which nothing is left of it but the VMM that is stopped then.
 async fn restore_error(world: &World, snapshot: &SnapshotDir) -> VmmError {
     let dir = world.instance("fork");

@@ -136,6 +136,14 @@ impl Fake {
                     std::thread::park();
                 },
                 Some("error") => error("it was asked to fail"),
+                Some("nested-state") => error("Could not get vCPU state GetNestedState(Invalid argument)"),
+                Some("slow") => loop {
+                    // A byte of a reply that never ends, as long as somebody reads it.
+                    if connection.write_all(b"H").is_err() {
+                        return;
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                },
                 Some(other) => panic!("there is no fault {other}"),
                 None => self.answer(&call, &serde_json::from_str(&body).unwrap_or_default()),
             };
