@@ -228,6 +228,7 @@ fn vmm(id: &InstanceId, error: &VmmError) -> String {
             let reasons: Vec<&str> = body.0.iter().map(String::as_str).filter(says_something).collect();
             format!("refused {call}: {}", reasons.join(": "))
         }
+        VmmError::Refused { call, reason } if !reason.contains('/') => format!("refused {call}: {reason}"),
         VmmError::Timeout { call, after } => format!("did not answer {call} within {after:?}"),
         VmmError::Ended { exit, source } => match source.as_ref() {
             VmmError::Pager { said, .. } => format!("was ended, because its pager failed: {said}"),

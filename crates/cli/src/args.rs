@@ -118,6 +118,9 @@ pub(crate) struct Vmms {
     /// The cloud-hypervisor binary, v51 to v53 [default: in PATH; without one it is not offered]
     #[arg(long, value_name = "PATH")]
     pub(crate) cloud_hypervisor: Option<PathBuf>,
+    /// The qemu-system-x86_64 binary, 7.2 or later [default: in PATH; without one it is not offered]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) qemu: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -52,11 +52,13 @@ pub(crate) enum Failure {
     NoMicrovm(#[source] VmmError),
     #[error("{} cannot be used as the VMM; name another one with --microvm", path.display())]
     BadMicrovm { path: PathBuf, source: VmmError },
-    #[error(
-        "{} cannot be used as Cloud Hypervisor; name another one with --cloud-hypervisor, or leave that out",
-        path.display()
-    )]
-    BadCloudHypervisor { path: PathBuf, source: VmmError },
+    #[error("{} cannot be used as {name}; name another one with {option}, or leave that out", path.display())]
+    BadVmm {
+        path: PathBuf,
+        name: &'static str,
+        option: &'static str,
+        source: Box<VmmError>,
+    },
     /// What is missing was told before.
     #[error("no VM can run on this host")]
     NoVms,

@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use stencil_api::server::Server;
 use stencil_core::{DataDir, error_chain};
 use stencil_engine::{Config, Engine};
-use stencil_vmm::{CloudHypervisor, Hypervisor, MicroVm};
+use stencil_vmm::{CloudHypervisor, Hypervisor, MicroVm, Qemu};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -81,9 +81,9 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         source,
     })?;
     let mut hypervisors: Vec<Arc<dyn Hypervisor>> = vec![Arc::new(microvm)];
-    if let Some(cloud_hypervisor) = cloud_hypervisor(asked.vmms.cloud_hypervisor).await? {
-        hypervisors.push(Arc::new(cloud_hypervisor));
-    }
+    let cloud_hypervisor = asked.vmms.cloud_hypervisor;
+    hypervisors.extend(CLOUD_HYPERVISOR.offer(cloud_hypervisor).await?);
+    hypervisors.extend(QEMU.offer(asked.vmms.qemu).await?);
     let mut signals = Signals::new().map_err(Failure::Runtime)?;
 
     let config = Config {
@@ -111,23 +111,56 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Cloud Hypervisor, if there is one that can be used. One that was asked for by name must be.
-async fn cloud_hypervisor(asked: Option<PathBuf>) -> Result<Option<CloudHypervisor>, Failure> {
-    let is_asked_for = asked.is_some();
-    let Some(path) = asked.or_else(CloudHypervisor::find) else {
-        return Ok(None);
-    };
-    let pager = pager::command().map_err(Failure::Runtime)?;
-    let cloud_hypervisor = CloudHypervisor::new(path.clone()).with_pager(pager);
-    match cloud_hypervisor.version().await {
-        Ok(version) => {
-            tracing::info!(cloud_hypervisor = %path.display(), version, "offered");
-            Ok(Some(cloud_hypervisor))
-        }
-        Err(source) if is_asked_for => Err(Failure::BadCloudHypervisor { path, source }),
-        Err(error) => {
-            tracing::warn!(error = error_chain(&error), "Cloud Hypervisor is not offered");
-            Ok(None)
+/// A VMM that a server runs without.
+struct Optional {
+    name: &'static str,
+    /// What names its binary.
+    option: &'static str,
+    find: fn() -> Option<PathBuf>,
+    new: fn(PathBuf) -> Result<Arc<dyn Hypervisor>, Failure>,
+}
+
+const CLOUD_HYPERVISOR: Optional = Optional {
+    name: "Cloud Hypervisor",
+    option: "--cloud-hypervisor",
+    find: CloudHypervisor::find,
+    new: |path| {
+        let pager = pager::command().map_err(Failure::Runtime)?;
+        Ok(Arc::new(CloudHypervisor::new(path).with_pager(pager)))
+    },
+};
+
+const QEMU: Optional = Optional {
+    name: "QEMU",
+    option: "--qemu",
+    find: Qemu::find,
+    new: |path| Ok(Arc::new(Qemu::new(path))),
+};
+
+impl Optional {
+    /// It, if there is one that can be used. One that was asked for by name must be.
+    async fn offer(&self, asked: Option<PathBuf>) -> Result<Option<Arc<dyn Hypervisor>>, Failure> {
+        let Self { name, option, .. } = *self;
+        let is_asked_for = asked.is_some();
+        let Some(path) = asked.or_else(self.find) else {
+            return Ok(None);
+        };
+        let vmm = (self.new)(path.clone())?;
+        match vmm.version().await {
+            Ok(version) => {
+                tracing::info!(path = %path.display(), version, "{name} is offered");
+                Ok(Some(vmm))
+            }
+            Err(source) if is_asked_for => Err(Failure::BadVmm {
+                path,
+                name,
+                option,
+                source: Box::new(source),
+            }),
+            Err(error) => {
+                tracing::warn!(error = error_chain(&error), "{name} is not offered");
+                Ok(None)
+            }
         }
     }
 }

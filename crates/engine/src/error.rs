@@ -148,13 +148,7 @@ pub enum EngineError {
 impl EngineError {
     /// Whether a VMM was asked and has certainly not done it.
     pub(crate) fn was_refused(&self) -> bool {
-        matches!(
-            self,
-            Self::Vmm {
-                source: VmmError::Rejected { .. } | VmmError::Connect { .. },
-                ..
-            }
-        )
+        matches!(self, Self::Vmm { source, .. } if source.was_refused())
     }
 
     /// Turns a VMM's error into one that names the instance.

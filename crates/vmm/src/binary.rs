@@ -30,8 +30,8 @@ pub(crate) fn find_in(name: &str, beside: Option<&Path>, path: &OsStr) -> Option
         .find(is_executable)
 }
 
-/// Runs `<binary> --version`, which prints `<name> <version>`.
-pub(crate) async fn ask_version(binary: &Path) -> Result<String, VmmError> {
+/// Runs `<binary> --version`, which prints so many words and then the version.
+pub(crate) async fn ask_version(binary: &Path, words_before: usize) -> Result<String, VmmError> {
     let spawn = |source| VmmError::Spawn {
         binary: binary.to_owned(),
         source,
@@ -50,7 +50,7 @@ pub(crate) async fn ask_version(binary: &Path) -> Result<String, VmmError> {
         word.trim_start_matches('v')
             .starts_with(|first: char| first.is_ascii_digit())
     };
-    match said.split_ascii_whitespace().nth(1).filter(is_version) {
+    match said.split_ascii_whitespace().nth(words_before).filter(is_version) {
         Some(version) if output.status.success() => Ok(version.to_owned()),
         _ => Err(VmmError::Version {
             binary: binary.to_owned(),

@@ -40,7 +40,7 @@ use stencil_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
-use crate::process::{Launch, Session, Streams, remove_socket};
+use crate::process::{Launch, Listens, Session, Streams, remove_socket};
 use crate::rest::{absolute, file_url};
 use crate::{
     Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
@@ -152,7 +152,7 @@ impl Hypervisor for CloudHypervisor {
 
     async fn version(&self) -> Result<String, VmmError> {
         let ask = async || {
-            let said = binary::ask_version(&self.binary).await?;
+            let said = binary::ask_version(&self.binary, 1).await?;
             let version = without_v(&said).to_owned();
             if release(&version).is_some_and(|release| KNOWN_RELEASES.contains(&release)) {
                 Ok(version)
@@ -175,6 +175,8 @@ impl Hypervisor for CloudHypervisor {
         served::forget(dir);
         let launch = Launch {
             binary: self.binary.clone(),
+            arguments: Vec::new(),
+            listens: Listens::Rest,
             streams: Streams::Console,
             session: Session::OfItsOwn,
         };

@@ -76,6 +76,17 @@ pub enum VmmError {
         last: u32,
     },
 
+    /// The binary is older than any that this backend knows.
+    #[error("{} is version {version}; this takes version {}.{} and later", binary.display(), first.0, first.1)]
+    OldVersion {
+        /// The binary.
+        binary: PathBuf,
+        /// Its version.
+        version: String,
+        /// The first release that is known: its major and minor number.
+        first: (u32, u32),
+    },
+
     /// The VMM that was started is another version than its binary was when the server asked it.
     #[error(
         "{} was version {expected} and is version {running} now; start the server anew to use it",
@@ -140,6 +151,24 @@ pub enum VmmError {
         source: SnapshotError,
     },
 
+    /// What is kept of a VM's machine cannot be read.
+    #[error("cannot read {}, which says what machine a VM is", path.display())]
+    Machine {
+        /// The file.
+        path: PathBuf,
+        /// What the system said, or where the JSON is wrong.
+        source: io::Error,
+    },
+
+    /// The guest's memory could not be copied between the VMM's process and a file.
+    #[error("cannot copy the guest's memory between the VMM and {}", path.display())]
+    GuestMemory {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
     /// A path that must go into a request is not UTF-8, which JSON cannot carry.
     #[error("the path {} is not UTF-8 and cannot be given to a VMM; move it", path.display())]
     PathNotUtf8 {
@@ -185,6 +214,15 @@ pub enum VmmError {
         source: hyper::Error,
     },
 
+    /// The connection to the VMM's monitor broke before the call was done.
+    #[error("{call}: the VMM closed its monitor before it was done")]
+    HungUp {
+        /// What was asked.
+        call: Call,
+        /// What the system said.
+        source: io::Error,
+    },
+
     /// The VMM's process ended instead of answering. Its own words are in the instance's `vmm.log`.
     #[error("the VMM ended ({exit}) instead of answering")]
     Ended {
@@ -214,6 +252,15 @@ pub enum VmmError {
     NestedState {
         /// How it refused.
         source: Box<VmmError>,
+    },
+
+    /// The VMM's monitor refused, or the VM is not in a state for it.
+    #[error("{call} was refused: {reason}")]
+    Refused {
+        /// What was asked.
+        call: Call,
+        /// Why, in the VMM's words or ours.
+        reason: String,
     },
 
     /// The reply's body is larger than any reply of a VMM.
@@ -275,11 +322,22 @@ impl VmmError {
     /// Whether the VMM went away instead of answering: its socket is closed, or was closed during the call.
     pub(crate) fn lost_connection(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::NoReply { .. } | Self::CutShort { .. } | Self::Console { .. } => {
-                true
-            }
+            Self::Connect { .. }
+            | Self::NoReply { .. }
+            | Self::CutShort { .. }
+            | Self::HungUp { .. }
+            | Self::Console { .. } => true,
             Self::Pager { source, .. } => source.as_ref().is_some_and(|source| source.lost_connection()),
             _ => false,
         }
+    }
+
+    /// Whether the VMM was asked and has certainly not done it.
+    #[must_use]
+    pub fn was_refused(&self) -> bool {
+        matches!(
+            self,
+            Self::Rejected { .. } | Self::Refused { .. } | Self::Connect { .. }
+        )
     }
 }

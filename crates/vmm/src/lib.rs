@@ -48,6 +48,7 @@ mod hypervisor;
 mod kvm;
 mod microvm;
 mod process;
+mod qemu;
 mod rest;
 
 pub use client::{Call, Client, MAX_REPLY_BYTES};
@@ -57,3 +58,4 @@ pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, 
 pub use kvm::{KvmError, KvmKind, probe_kvm};
 pub use microvm::MicroVm;
 pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};
+pub use qemu::{Accelerator, Qemu};

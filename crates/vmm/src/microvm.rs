@@ -11,7 +11,7 @@ use stencil_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
 
-use crate::process::{Launch, Session, Streams};
+use crate::process::{Launch, Listens, Session, Streams};
 use crate::rest::{absolute, file_url, utf8};
 use crate::{
     Capabilities, Client, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
@@ -76,7 +76,7 @@ impl Hypervisor for MicroVm {
 
     async fn version(&self) -> Result<String, VmmError> {
         self.version
-            .get_or_try_init(|| binary::ask_version(&self.binary))
+            .get_or_try_init(|| binary::ask_version(&self.binary, 1))
             .await
             .cloned()
     }
@@ -84,6 +84,8 @@ impl Hypervisor for MicroVm {
     async fn spawn(&self, dir: &InstanceDir, _start: Start<'_>) -> Result<VmmProcess, VmmError> {
         let launch = Launch {
             binary: self.binary.clone(),
+            arguments: Vec::new(),
+            listens: Listens::Rest,
             streams: Streams::Own,
             // It makes one itself, which is faster: see `process::spawn`.
             session: Session::OfTheServer,

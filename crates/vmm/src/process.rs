@@ -28,7 +28,7 @@ use tokio::io::unix::AsyncFd;
 use crate::VmmError;
 pub use exit::Exit;
 pub use memory::MemoryUse;
-pub(crate) use spawn::{Launch, Session, Streams, append_to, remove_socket, spawn, spawn_watched};
+pub(crate) use spawn::{Launch, Listens, Session, Streams, append_to, remove_socket, spawn, spawn_watched};
 pub use stray::stray_processes;
 
 /// How long a VMM has after SIGTERM. Its teardown takes some 25 ms for KVM's part, and longer for much memory.
@@ -305,6 +305,16 @@ impl VmmProcess {
             armed: true,
         }
     }
+}
+
+/// What identifies the process that has this pid now.
+#[cfg(test)]
+pub(crate) fn identity_of(pid: u32) -> Option<ProcessIdentity> {
+    Some(ProcessIdentity {
+        pid,
+        start_time: procfs::start_time(pid).ok()??,
+        boot_id: procfs::boot_id().ok()?,
+    })
 }
 
 /// Kills its process when it is dropped: what is started and not yet recorded must not be left behind when a start

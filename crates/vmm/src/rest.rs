@@ -54,8 +54,17 @@ pub(crate) fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
 
 /// Ends a VMM: asks it, then SIGTERM, then SIGKILL; and removes its sockets.
 pub(crate) async fn stop(dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
+    end(dir, vmm, async { Client::new(dir)?.shutdown().await }).await
+}
+
+/// Ends a VMM: asks it in its own way, then SIGTERM, then SIGKILL; and removes its sockets.
+pub(crate) async fn end(
+    dir: &InstanceDir,
+    vmm: &VmmProcess,
+    ask: impl Future<Output = Result<(), VmmError>>,
+) -> Result<Exit, VmmError> {
     if vmm.has_exited().is_none() {
-        match ask_to_end(dir).await {
+        match ask.await {
             Ok(()) => drop(vmm.exited_within(AFTER_SHUTDOWN).await),
             // It may be busy, hung or deaf: no reason to let it live.
             Err(error) => tracing::debug!(%error, "a VMM cannot be asked to end"),
@@ -65,19 +74,17 @@ pub(crate) async fn stop(dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, Vm
         Some(exit) => exit,
         None => vmm.terminate().await?,
     };
-    for socket in [
+    let sockets = [
         dir.vmm_socket(),
         dir.console_socket(),
         dir.console_terminal(),
+        dir.agent_socket(),
         dir.vsock_socket(),
-    ] {
+    ];
+    for socket in sockets {
         process::remove_socket(&socket).map_err(|source| VmmError::Prepare { path: socket, source })?;
     }
     Ok(exit)
-}
-
-async fn ask_to_end(dir: &InstanceDir) -> Result<(), VmmError> {
-    Client::new(dir)?.shutdown().await
 }
 
 /// What `vm.info` says; `None` is that there is no VM.

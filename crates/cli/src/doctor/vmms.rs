@@ -1,9 +1,9 @@
 //! The VMMs: which binaries there are, which versions, and what they can do on this host.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use stencil_core::error_chain;
-use stencil_vmm::{CloudHypervisor, Hypervisor, KvmKind, MicroVm};
+use stencil_vmm::{Accelerator, CloudHypervisor, Hypervisor, KvmKind, MicroVm, Qemu};
 
 use super::Finding;
 use crate::args::Vmms;
@@ -45,9 +45,18 @@ pub(super) async fn look(asked: Vmms, kvm: Option<KvmKind>) -> (Vec<Finding>, bo
             "if you want it: put the released binary, v51 to v53, in PATH, or name it with stencil serve --cloud-hypervisor PATH",
         )),
     };
+    let qemu = match asked.qemu.or_else(Qemu::find) {
+        Some(path) => qemu(path).await,
+        None => Vmm::not_there(Finding::missing(
+            "qemu",
+            "not in PATH; instances cannot ask for it",
+            "for Linux guests on any host: install qemu-system-x86 (Debian), 7.2 or later, or name one with stencil serve --qemu PATH",
+        )),
+    };
     // No server starts without a microVM: the others run nothing then.
-    let can_run = microvm.runs_vms || microvm.answers && cloud_hypervisor.runs_vms;
-    (vec![microvm.finding, cloud_hypervisor.finding], can_run)
+    let can_run = microvm.runs_vms || microvm.answers && (cloud_hypervisor.runs_vms || qemu.runs_vms);
+    let findings = vec![microvm.finding, cloud_hypervisor.finding, qemu.finding];
+    (findings, can_run)
 }
 
 async fn microvm(path: &Path, kvm: Option<KvmKind>) -> Vmm {
@@ -93,5 +102,34 @@ async fn cloud_hypervisor(path: &Path, kvm: Option<KvmKind>) -> Vmm {
         finding,
         answers: true,
         runs_vms: kvm.is_some(),
+    }
+}
+
+async fn qemu(path: PathBuf) -> Vmm {
+    const ABOUT: &str = "qemu";
+    let qemu = Qemu::new(path.clone());
+    let version = match qemu.version().await {
+        Ok(version) => version,
+        Err(error) => {
+            return Vmm::not_there(Finding::missing(
+                ABOUT,
+                error_chain(&error),
+                "install qemu-system-x86 (Debian), 7.2 or later, or name one with stencil serve --qemu PATH",
+            ));
+        }
+    };
+    let fact = format!("{version}, {}", path.display());
+    let finding = match qemu.accelerator() {
+        Accelerator::Kvm => Finding::good(ABOUT, format!("{fact}; guests run under KVM")),
+        Accelerator::Tcg => Finding::limited(
+            ABOUT,
+            format!("{fact}; guests are emulated (TCG)"),
+            "Linux guests run, some ten times slower than under a KVM that runs Linux: a host with VT-x or AMD-V has that",
+        ),
+    };
+    Vmm {
+        finding,
+        answers: true,
+        runs_vms: true,
     }
 }

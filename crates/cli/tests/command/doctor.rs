@@ -10,6 +10,7 @@ fn doctor(words: &[&str]) -> Done {
     place_vmms(dir.path());
     place(dir.path(), "ch", "cloud-hypervisor v53.0");
     place(dir.path(), "old-ch", "cloud-hypervisor v28.0");
+    place(dir.path(), "old-qemu", "QEMU emulator version 5.2.0");
     done(command(dir.path()).args(["doctor", "--data", "data"]).args(words))
 }
 
@@ -24,18 +25,19 @@ fn finding(report: &Value, about: &str) -> Value {
 
 #[test]
 fn doctor_says_whether_vms_can_run_and_exits_so() {
-    // Whether this host has KVM is not the test's to say; that the answers agree is.
+    // Whether this host has KVM or a QEMU is not the test's to say; that the answers agree is.
     let told = doctor(&["--json", "--microvm", "microvm"]);
     let report = told.json();
-    let has_kvm = finding(&report, "KVM")["mark"] != json!("missing");
-    assert_eq!(report["can_run_vms"], json!(has_kvm), "{told:?}");
-    assert_eq!(told.code, if has_kvm { 0 } else { 1 }, "{told:?}");
+    let is_there = |about| finding(&report, about)["mark"] != json!("missing");
+    let can_run = is_there("KVM") || is_there("qemu");
+    assert_eq!(report["can_run_vms"], json!(can_run), "{told:?}");
+    assert_eq!(told.code, if can_run { 0 } else { 1 }, "{told:?}");
     assert_eq!(finding(&report, "microvm")["mark"], json!("good"), "{told:?}");
     let person = doctor(&["--microvm", "microvm"]);
     assert_eq!(person.code, told.code);
     assert!(person.stdout.contains("microvm           0.1.0, "), "{person:?}");
     assert!(
-        person.stdout.ends_with(if has_kvm {
+        person.stdout.ends_with(if can_run {
             "\nVMs can run on this host\n"
         } else {
             "\nno VM can run on this host\n"
@@ -77,6 +79,16 @@ fn doctor_says_what_is_wrong_with_each_vmm_and_what_would_be_right() {
     assert!(
         absent["advice"].as_str().unwrap().contains("v51 to v53"),
         "{absent}"
+    );
+
+    let old = finding(
+        &doctor(&["--json", "--microvm", "nobody", "--qemu", "old-qemu"]).json(),
+        "qemu",
+    );
+    let told_of_it = old["fact"].as_str().unwrap();
+    assert!(
+        told_of_it.contains("is version 5.2.0; this takes version 7.2 and later"),
+        "{old}"
     );
 
     // The server wants a microVM, whatever else there is.

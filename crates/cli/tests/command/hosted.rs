@@ -63,6 +63,7 @@ impl Hypervisor for Hosted {
         Capabilities {
             memory_modes: vec![MemoryMode::Cow],
             max_vcpus: 1,
+            host_cpu: false,
             firmware: false,
             console_input: false,
             tells_identity: false,

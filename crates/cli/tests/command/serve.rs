@@ -207,6 +207,34 @@ fn cloud_hypervisor_is_offered_where_there_is_one() {
 }
 
 #[test]
+fn qemu_is_offered_where_there_is_one() {
+    let start = |version: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        place_vmms(dir.path());
+        place(
+            dir.path(),
+            "qemu-system-x86_64",
+            &format!("QEMU emulator version {version}"),
+        );
+        let path = format!("{}:/usr/bin:/bin", dir.path().display());
+        Server::start_with(dir, |serve| {
+            serve.env("PATH", path);
+        })
+    };
+    let create = |server: &Server| {
+        let kernel = server.dir.path().join("guest.elf");
+        let asked = ["create", "--no-start", "--hypervisor", "qemu", "--kernel"];
+        server.run(&[&asked[..], &[kernel.to_str().unwrap()]].concat())
+    };
+    let created = create(&start("7.2.22"));
+    assert_eq!(created.code, 0, "{created:?}");
+    let refused = create(&start("6.2.0"));
+    let expected = "hypervisor `qemu` is not known here; this server has: microvm";
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.stderr.contains(expected), "{refused:?}");
+}
+
+#[test]
 fn an_address_that_is_not_this_hosts_is_told() {
     let server = Server::start();
     let mut serve = command(server.dir.path());

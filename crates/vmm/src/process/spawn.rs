@@ -4,9 +4,10 @@
 //! backlog until the VMM accepts. So there is no wait for a socket to appear. The child has it alone: when the
 //! child dies nobody listens any more, and every connection breaks at once.
 
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
@@ -27,10 +28,48 @@ use crate::VmmError;
 pub(crate) struct Launch {
     /// The VMM's binary, by its absolute path.
     pub(crate) binary: PathBuf,
+    /// What it is told beside that.
+    pub(crate) arguments: Vec<OsString>,
+    /// How it is told of the socket that it accepts on.
+    pub(crate) listens: Listens,
     /// What its standard input and output are. Its standard error goes to the instance's `vmm.log` in any case.
     pub(crate) streams: Streams,
     /// Which session it begins in.
     pub(crate) session: Session,
+}
+
+/// How a VMM is told of the socket that it accepts on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Listens {
+    /// `--api-socket fd=N`, for REST.
+    Rest,
+    /// `-mon` on a socket of QEMU's, for QMP.
+    Monitor,
+}
+
+impl Listens {
+    /// The arguments for a listening socket with this descriptor. VMMs are known by them: see [`is_vmm`].
+    fn arguments(self, descriptor: RawFd) -> Vec<String> {
+        match self {
+            Self::Rest => vec![API_SOCKET.to_owned(), format!("fd={descriptor}")],
+            Self::Monitor => vec![
+                "-mon".to_owned(),
+                MONITOR.to_owned(),
+                "-chardev".to_owned(),
+                format!("socket,id=stencil,fd={descriptor},server=on,wait=off"),
+            ],
+        }
+    }
+}
+
+const API_SOCKET: &str = "--api-socket";
+const MONITOR: &str = "chardev=stencil,mode=control";
+
+/// Whether the arguments of a process, each ended by a NUL, are those of a VMM. A zombie has none.
+pub(super) fn is_vmm(cmdline: &[u8]) -> bool {
+    cmdline
+        .split(|&byte| byte == 0)
+        .any(|argument| argument == API_SOCKET.as_bytes() || argument == MONITOR.as_bytes())
 }
 
 /// What a VMM's standard input and output are; what is in their files already is kept.
@@ -52,7 +91,7 @@ pub(crate) enum Session {
     OfItsOwn,
 }
 
-/// Starts the VMM with `--api-socket fd=N` in `dir`.
+/// Starts the VMM in `dir`.
 ///
 /// This blocks until the child has begun to execute: some 0.6 ms. std starts it by `posix_spawn`, which shares the
 /// parent's memory instead of copying its page tables, unless the session asks for code between fork and exec.
@@ -80,11 +119,11 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
     })?;
     let stderr = append_to(dir.vmm_log())?;
     let mut command = Command::new(&launch.binary);
-    command.current_dir(dir.path()).stderr(stderr).arg("--api-socket");
+    command.current_dir(dir.path()).stderr(stderr);
     match launch.streams {
         Streams::Own => {
             command
-                .arg("fd=0")
+                .args(launch.listens.arguments(0))
                 .stdin(Stdio::from(OwnedFd::from(listener)))
                 .stdout(append_to(dir.vmm_log())?);
         }
@@ -96,12 +135,13 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
             });
             let terminal = terminal.map_err(|source| VmmError::Prepare { path: link, source })?;
             command
-                .arg(format!("fd={}", listener.as_raw_fd()))
+                .args(launch.listens.arguments(listener.as_raw_fd()))
                 .stdin(Stdio::from(terminal.reader))
                 .stdout(append_to(dir.console_log())?);
             inherit(&mut command, [OwnedFd::from(listener), terminal.writer]);
         }
     }
+    command.args(&launch.arguments);
     if let Session::OfItsOwn = launch.session {
         // SAFETY: what runs between fork and exec is one system call: it takes no lock and allocates nothing.
         unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };

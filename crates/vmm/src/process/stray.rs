@@ -6,9 +6,10 @@ use std::path::Path;
 use stencil_core::ProcessIdentity;
 
 use super::procfs;
+use super::spawn::is_vmm;
 
-/// The VMM processes whose working directory is `under` or below it: a VMM is known by `--api-socket` on its command
-/// line, and its instance by its working directory, which stays the same directory when that is renamed.
+/// The VMM processes whose working directory is `under` or below it: a VMM is known by how its command line tells it of
+/// its socket, and its instance by its working directory, which stays the same directory when that is renamed.
 ///
 /// This is what finds a VMM whose start was cut off by a crash of the server, before it was recorded. Processes of
 /// other users and those that end meanwhile are left out. It reads all of `/proc`, which blocks.
@@ -35,11 +36,4 @@ pub fn stray_processes(under: &Path) -> Vec<ProcessIdentity> {
             })
         })
         .collect()
-}
-
-/// Whether the arguments, each ended by a NUL, are those of a VMM. A zombie has none.
-fn is_vmm(cmdline: &[u8]) -> bool {
-    cmdline
-        .split(|&byte| byte == 0)
-        .any(|argument| argument == b"--api-socket")
 }

@@ -407,7 +407,8 @@ fn the_documentation_has_the_capabilities_of_the_code() {
         arguments: vec!["pager".into()],
     };
     let cloud_hypervisor = CloudHypervisor::new("cloud-hypervisor".into()).with_pager(pager);
-    let backends: [&dyn Hypervisor; 2] = [&microvm, &cloud_hypervisor];
+    let qemu = stencil_vmm::Qemu::new("qemu-system-x86_64".into());
+    let backends: [&dyn Hypervisor; 3] = [&microvm, &cloud_hypervisor, &qemu];
     let row = |label: &str, cell: &dyn Fn(&dyn Hypervisor) -> String| {
         let cells: Vec<String> = backends.iter().map(|backend| cell(*backend)).collect();
         format!("| {label} | {} |\n", cells.join(" | "))
@@ -415,7 +416,7 @@ fn the_documentation_has_the_capabilities_of_the_code() {
     let yes_or_no = |yes| if yes { "yes" } else { "no" }.to_owned();
     let table = [
         row("", &|backend| format!("`{}`", backend.name())),
-        "|---|---|---|\n".to_owned(),
+        "|---|---|---|---|\n".to_owned(),
         row("memory modes", &|backend| {
             let modes = backend.capabilities().memory_modes;
             let modes: Vec<String> = modes.iter().map(|mode| format!("`{mode}`")).collect();
