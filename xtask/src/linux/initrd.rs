@@ -102,3 +102,46 @@ impl Archive {
         add().map_err(at(Path::new(name)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_archive_has_the_agent_as_init_and_busybox_by_all_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("agent"), "agent").unwrap();
+        fs::write(path("virtio.ko"), "module").unwrap();
+        fs::write(path("busybox"), "#!/bin/sh\necho busybox\necho sh\n").unwrap();
+        fs::set_permissions(path("busybox"), fs::Permissions::from_mode(0o755)).unwrap();
+        let archive = archive(&path("agent"), &path("busybox"), &[path("virtio.ko")]).unwrap();
+
+        let mut found = BTreeMap::new();
+        let mut rest = &archive[..];
+        loop {
+            let mut entry = newc::Reader::new(rest).unwrap();
+            if entry.entry().is_trailer() {
+                break;
+            }
+            let (name, mode) = (entry.entry().name().to_owned(), entry.entry().mode());
+            let mut content = String::new();
+            entry.read_to_string(&mut content).unwrap();
+            found.insert(name, (mode, content));
+            rest = entry.finish().unwrap();
+        }
+        let has = |name: &str, mode: u32, content: &str| {
+            assert_eq!(found.get(name), Some(&(mode, content.to_owned())), "{name}");
+        };
+        has("init", 0o100_755, "agent");
+        has("bin/sh", 0o120_777, "busybox");
+        has("bin/busybox", 0o100_755, "#!/bin/sh\necho busybox\necho sh\n");
+        has("lib/modules/virtio.ko", 0o100_644, "module");
+        has("lib/modules/list", 0o100_644, "/lib/modules/virtio.ko\n");
+        has("proc", 0o040_755, "");
+    }
+}
