@@ -65,8 +65,11 @@ impl Engine {
         let ended = |exit| self.ended(slot, metadata, format!("process {pid} {exit}"));
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor);
         match (running.process.has_exited(), &hypervisor) {
-            // Its guest has powered off, and it ended with its guest.
-            (Some(Exit::Code(0)), Ok(hypervisor)) if !hypervisor.capabilities().outlives_guest => {
+            // Its guest has powered off, and it ended with its guest; unless it had to end for another reason.
+            (Some(Exit::Code(0)), Ok(hypervisor))
+                if !hypervisor.capabilities().outlives_guest
+                    && hypervisor.last_words(&self.dir(&slot.id)).is_none() =>
+            {
                 return VmmFacts::None;
             }
             (Some(exit), _) => return ended(exit),

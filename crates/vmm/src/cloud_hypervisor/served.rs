@@ -144,7 +144,8 @@ fn failed(dir: &InstanceDir, exit: Exit, source: Option<Box<VmmError>>) -> VmmEr
 /// Ends the VMM if its pager fails: its guest would go on until it touches a page that is not there.
 async fn end_with(vmm: VmmProcess, pager: VmmProcess, directory: OwnedFd) {
     let exit = pager.exited().await;
-    if exit == Exit::Code(0) || vmm.has_exited().is_some() {
+    // It has nothing to complain of where the VMM ended first.
+    if exit == Exit::Code(0) {
         return;
     }
     let (pid, pager) = (vmm.identity().pid, pager.identity().pid);
