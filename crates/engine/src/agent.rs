@@ -85,13 +85,15 @@ pub(crate) struct Identity {
 }
 
 impl AgentLink {
-    /// Begins to talk to the agent of the VM that `process` runs in `dir`, and goes on for as long as the process lives.
+    /// Begins to talk to the agent of the VM that `process` runs in `dir`, and goes on for as long as the process lives. A guest
+    /// that `is_new` runs, and has not been told its epoch; of others that has to be asked.
     pub(crate) fn begin(
         slot: &Arc<Slot>,
         hypervisor: Arc<dyn Hypervisor>,
         dir: InstanceDir,
         process: VmmProcess,
         identity: Identity,
+        is_new: bool,
     ) -> Self {
         let (asks, asked) = mpsc::channel(ASKS);
         let (gone, left) = mpsc::unbounded_channel();
@@ -107,6 +109,7 @@ impl AgentLink {
             hypervisor,
             dir,
             identity,
+            is_new,
             asked,
             left,
             sees,

@@ -76,7 +76,7 @@ impl Engine {
         new.commit(&metadata, Durability::Renamed)?;
         let (slot, guard) = reservation.commit(&metadata);
         let process = process.keep();
-        self.adopt(&slot, process.clone(), &record, &metadata);
+        self.adopt(&slot, process.clone(), &record, &metadata, is_to_run);
         if let Some(claim) = recording {
             let memory = snapshot.manifest.memory_generation;
             if let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory) {

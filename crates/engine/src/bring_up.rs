@@ -202,7 +202,7 @@ impl Engine {
         record: VmmRecord,
         metadata: Metadata,
     ) -> Result<Metadata, EngineError> {
-        self.adopt(slot, process.clone(), &record, &metadata);
+        self.adopt(slot, process.clone(), &record, &metadata, false);
         let metadata = Metadata {
             vmm: Some(record),
             ..metadata
@@ -218,13 +218,15 @@ impl Engine {
     }
 
     /// The VMM belongs to the instance from now on: its guest's agent is told who the guest is, and its end will be noticed
-    /// and told.
+    /// and told. A guest that `is_new` runs, and has not been told who it is; the time that it is told is right for a guest that
+    /// runs only.
     pub(crate) fn adopt(
         &self,
         slot: &Arc<Slot>,
         process: VmmProcess,
         record: &VmmRecord,
         metadata: &Metadata,
+        is_new: bool,
     ) {
         let spec = &metadata.spec;
         // VMs of a hypervisor that this server does not offer go on running without it.
@@ -237,7 +239,14 @@ impl Engine {
                 generation: metadata.generation,
             };
             let dir = self.dir(&slot.id);
-            AgentLink::begin(slot, Arc::clone(hypervisor), dir, process.clone(), identity)
+            AgentLink::begin(
+                slot,
+                Arc::clone(hypervisor),
+                dir,
+                process.clone(),
+                identity,
+                is_new,
+            )
         });
         slot.set_vmm(Some(Arc::new(RunningVmm::new(
             process.clone(),

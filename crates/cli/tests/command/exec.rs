@@ -3,13 +3,18 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use futures_util::{SinkExt, StreamExt};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio_tungstenite::client_async;
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::hosted::Guests;
 use crate::stencil::{Server, done};
@@ -214,6 +219,67 @@ fn a_command_can_have_a_terminal_and_this_one_is_as_it_was_afterwards() {
     assert_eq!(
         (after.local_modes, after.input_modes, after.output_modes),
         (before.local_modes, before.input_modes, before.output_modes)
+    );
+}
+
+/// What the server says last to a client that says these things on the WebSocket.
+async fn last_word(socket: &Path, said: &[Message]) -> Value {
+    let stream = UnixStream::connect(socket).await.unwrap();
+    let (mut socket, _) = client_async("ws://stencil/instances/web/exec", stream)
+        .await
+        .unwrap();
+    for message in said {
+        socket.send(message.clone()).await.unwrap();
+    }
+    let mut last = Value::Null;
+    // It ends by itself.
+    while let Some(Ok(message)) = socket.next().await {
+        if let Message::Text(text) = message {
+            last = serde_json::from_str(&text).unwrap();
+        }
+    }
+    last
+}
+
+#[test]
+fn messages_that_are_not_understood_end_the_conversation_and_say_why() {
+    let guests = Guests::start();
+    let socket = guests.socket();
+    let cat = || Message::text(r#"{"cmd": ["cat"], "stdin": true}"#);
+    for (said, expected) in [
+        (vec![Message::binary(vec![0, 1])], "the first message is binary"),
+        (vec![Message::text("cat")], "the message is not as expected"),
+        (
+            vec![Message::text(r#"{"cmd": ["cat"], "tyt": null}"#)],
+            "unknown field `tyt`",
+        ),
+        (vec![Message::text(r#"{"cmd": []}"#)], "cmd is empty"),
+        (
+            vec![cat(), Message::binary(vec![1, 1])],
+            "a binary message begins with 0",
+        ),
+        (vec![cat(), Message::text(r#""kill""#)], "unknown variant `kill`"),
+    ] {
+        let last = guests.block_on(last_word(&socket, &said));
+        let error = &last["error"];
+        assert_eq!(
+            (&error["status"], &error["code"]),
+            (&400.into(), &"invalid_request".into()),
+            "{said:?}: {last}"
+        );
+        assert!(
+            error["message"].as_str().unwrap().contains(expected),
+            "{said:?}: {last}"
+        );
+    }
+    let said = [
+        cat(),
+        Message::binary(b"\0fine".to_vec()),
+        Message::text(r#""stdin_closed""#),
+    ];
+    assert_eq!(
+        guests.block_on(last_word(&socket, &said))["exited"]["exit_code"],
+        0
     );
 }
 

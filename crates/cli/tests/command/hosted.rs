@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
@@ -53,6 +53,28 @@ fn agent() -> &'static Path {
 #[derive(Debug)]
 struct Hosted;
 
+/// An agent that listens in the instance's directory.
+fn start_agent(dir: &InstanceDir) -> Child {
+    // As a zombie it counts as gone, and goes with the test.
+    Command::new("unshare")
+        .args([
+            "--user",
+            "--map-root-user",
+            "--uts",
+            "--mount",
+            "sh",
+            "-c",
+            PRIVATE,
+        ])
+        .arg(agent())
+        .current_dir(dir.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(dir.vmm_log()).unwrap())
+        .spawn()
+        .unwrap()
+}
+
 #[async_trait]
 impl Hypervisor for Hosted {
     fn name(&self) -> HypervisorName {
@@ -77,24 +99,7 @@ impl Hypervisor for Hosted {
     }
 
     async fn spawn(&self, dir: &InstanceDir, _: Start<'_>) -> Result<VmmProcess, VmmError> {
-        // As a zombie it counts as gone, and goes with the test.
-        let agent = Command::new("unshare")
-            .args([
-                "--user",
-                "--map-root-user",
-                "--uts",
-                "--mount",
-                "sh",
-                "-c",
-                PRIVATE,
-            ])
-            .arg(agent())
-            .current_dir(dir.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(dir.vmm_log()).unwrap())
-            .spawn()
-            .unwrap();
+        let agent = start_agent(dir);
         Ok(VmmProcess::attach(&identity(agent.id())).unwrap().unwrap())
     }
 
@@ -220,12 +225,18 @@ impl Guests {
         guests
     }
 
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("data/stencil.sock")
+    }
+
+    pub(crate) fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
     /// A command of a client.
     pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = command(self.dir.path());
-        command
-            .args(words)
-            .env("STENCIL_SOCKET", self.dir.path().join("data/stencil.sock"));
+        command.args(words).env("STENCIL_SOCKET", self.socket());
         command
     }
 }

@@ -89,6 +89,8 @@ pub(super) struct Conversation {
     state: AgentState,
     /// The guest has answered the greeting.
     greeted: bool,
+    /// It was told the epoch together with the greeting.
+    told_at_once: bool,
     sessions: HashMap<SessionId, Session>,
     freezing: Option<oneshot::Sender<Result<(), String>>>,
     /// To be sent.
@@ -103,11 +105,21 @@ impl Conversation {
             nonce: Nonce::NONE,
             state: AgentState::Absent,
             greeted: false,
+            told_at_once: false,
             sessions: HashMap::new(),
             freezing: None,
             unsent: Vec::new(),
         };
         conversation.greet();
+        conversation
+    }
+
+    /// The same with a guest that runs, and certainly has not taken the epoch: it is told the epoch at once, which saves it a
+    /// turn.
+    pub(super) fn with_new_guest(identity: Identity) -> Self {
+        let mut conversation = Self::new(identity);
+        conversation.tell_epoch();
+        conversation.told_at_once = true;
         conversation
     }
 
@@ -118,6 +130,7 @@ impl Conversation {
     fn greet(&mut self) {
         self.nonce = Nonce::new(rand::random::<NonZeroU64>());
         self.greeted = false;
+        self.told_at_once = false;
         self.say(&ToGuest::Hello);
     }
 
@@ -160,7 +173,9 @@ impl Conversation {
                     self.state = AgentState::Ready;
                 } else {
                     self.state = AgentState::Connected;
-                    self.tell_epoch();
+                    if !self.told_at_once {
+                        self.tell_epoch();
+                    }
                 }
             }
             ToHost::EpochTaken { id } if id == self.epoch() => self.state = AgentState::Ready,

@@ -40,6 +40,8 @@ pub(super) struct Link {
     pub(super) hypervisor: Arc<dyn Hypervisor>,
     pub(super) dir: InstanceDir,
     pub(super) identity: Identity,
+    /// The guest runs and has not been told its epoch.
+    pub(super) is_new: bool,
     pub(super) asked: mpsc::Receiver<Ask>,
     pub(super) left: mpsc::UnboundedReceiver<SessionId>,
     pub(super) sees: watch::Sender<Seen>,
@@ -104,7 +106,12 @@ impl Link {
 
     /// Talks until the stream ends; whether the guest was heard.
     async fn converse(&mut self, stream: UnixStream) -> bool {
-        let mut conversation = Conversation::new(self.identity.clone());
+        let identity = self.identity.clone();
+        let mut conversation = if std::mem::take(&mut self.is_new) {
+            Conversation::with_new_guest(identity)
+        } else {
+            Conversation::new(identity)
+        };
         let ended = self.move_bytes(stream, &mut conversation).await;
         let was_heard = !matches!(conversation.state(), AgentState::Absent);
         match ended {

@@ -17,7 +17,9 @@ const CHUNK: usize = 32 << 10;
 
 /// Packs `from` under `name`, or its own one. Symbolic links stay what they are.
 pub(super) fn pack(from: &Path, name: Option<&str>, chunks: mpsc::Sender<Bytes>) -> io::Result<()> {
-    let kind = fs::symlink_metadata(from)?.file_type();
+    let kind = fs::symlink_metadata(from)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", from.display())))?
+        .file_type();
     let own = match from.file_name() {
         Some(own) => own.to_owned(),
         // Of `.` and `a/..`.
