@@ -149,10 +149,6 @@ impl Hypervisor for Hosted {
         Ok(PageCounters::new())
     }
 
-    fn last_words(&self, _: &InstanceDir) -> Option<String> {
-        None
-    }
-
     async fn connect_agent(&self, dir: &InstanceDir) -> Result<UnixStream, VmmError> {
         let socket = dir.agent_socket();
         let connected = UnixStream::connect(&socket).await;
