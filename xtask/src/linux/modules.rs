@@ -11,13 +11,14 @@ use elf::endian::LittleEndian;
 
 use super::{LinuxError, at};
 
-/// How a guest reaches its host and its disks, and hears its power button.
-const WANTED: [&str; 7] = [
+/// How a guest reaches its host and its disks, tells of a panic, and hears its power button.
+const WANTED: [&str; 8] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
     "vmw_vsock_virtio_transport",
+    "pvpanic_mmio",
     "button",
     "evdev",
 ];
