@@ -77,6 +77,11 @@ pub(crate) struct Hypervisor {
 }
 
 impl Hypervisor {
+    /// Whether it tells how pages came to a guest in this memory mode. No server tells it.
+    pub(crate) fn counts_pages(&self, mode: &str) -> bool {
+        self.name != CLOUD_HYPERVISOR || mode == "uffd"
+    }
+
     /// Whether memory that its guests never wrote takes no room in a snapshot. No server tells it.
     pub(crate) fn leaves_holes(&self) -> bool {
         self.name != CLOUD_HYPERVISOR
@@ -175,12 +180,20 @@ fn why_no_snapshots(binary: &Path, guest: &Path) -> Result<Option<String>, Hyper
         Ok(()) => None,
         Err(VmmError::Refused { message, .. }) => Some(format!(
             "this Cloud Hypervisor cannot write snapshots on this host: its KVM is kvm-pvm, which has no state of nested \
-             virtualisation, and a released Cloud Hypervisor asks for it ({message}); a host with VT-x or AMD-V has it"
+             virtualisation, and a released Cloud Hypervisor asks for it; a host with VT-x or AMD-V has it. It said: {}",
+            first_lines(&message)
         )),
         Err(error) => return Err(error.into()),
     };
     vmm.finish()?;
     Ok(why)
+}
+
+/// What a refusal says, without the backtraces in it: it is a list of texts, outermost first.
+fn first_lines(message: &str) -> String {
+    let texts: Vec<String> = serde_json::from_str(message).unwrap_or_else(|_| vec![message.to_owned()]);
+    let lines: Vec<&str> = texts.iter().filter_map(|text| text.lines().next()).collect();
+    lines.join(": ")
 }
 
 /// A VM as Stencil defines it on Cloud Hypervisor: all of its memory in one private zone.
@@ -192,4 +205,18 @@ pub(crate) fn definition(guest: &Path, memory: u64) -> Value {
         "serial": {"mode": "Tty"},
         "console": {"mode": "Off"},
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_told_without_its_backtraces() {
+        assert_eq!(
+            first_lines("[\"Error from API\",\"no state: EINVAL\\n\\nStack backtrace:\\n 0: f\"]"),
+            "Error from API: no state: EINVAL"
+        );
+        assert_eq!(first_lines("no list"), "no list");
+    }
 }

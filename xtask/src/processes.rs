@@ -44,6 +44,13 @@ pub(crate) fn working_below(directory: &Path) -> Vec<Found> {
         .collect()
 }
 
+/// Those of them that are VMMs, and not what serves a VMM's memory.
+pub(crate) fn vmms_below(directory: &Path) -> Vec<Found> {
+    let mut found = working_below(directory);
+    found.retain(|process| process.command.contains("--api-socket"));
+    found
+}
+
 /// Kills the processes that [work below](working_below) `root`, and waits until they have ended.
 pub(crate) fn end_all_below(root: &Path) {
     let mut found = working_below(root);

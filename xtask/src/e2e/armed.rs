@@ -109,7 +109,7 @@ fn fork(world: &World, template: &Vm) -> Result<(Vm, bool), Failure> {
 /// The VMMs of the server that belong to no instance: the armed ones.
 fn armed_processes(world: &World) -> Result<Vec<Pid>, Failure> {
     let instances: HashSet<i64> = world.list()?.iter().filter_map(|vm| vm["pid"].as_i64()).collect();
-    Ok(processes::working_below(&world.server.instances())
+    Ok(processes::vmms_below(&world.server.instances())
         .into_iter()
         .map(|process| process.pid)
         .filter(|pid| !instances.contains(&i64::from(pid.as_raw_nonzero().get())))
@@ -140,7 +140,7 @@ fn taken(world: &mut World) -> Result<(), Failure> {
             "one of its own",
             generation,
         )?;
-        if world.has_mode("uffd") {
+        if world.hypervisor.counts_pages("cow") {
             let pages = fork.show()?["pages"].clone();
             holds(
                 pages["prefetched"].as_u64() >= Some(PAGES),

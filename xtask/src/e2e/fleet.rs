@@ -93,7 +93,7 @@ fn fleet_under_fire(world: &World, template: &Vm, prefix: &str) -> Result<(Reply
     let asked = std::thread::spawn(move || source.ask_for_forks("/forks", request));
     let (mut seen, mut killed) = (HashSet::new(), 0);
     while !asked.is_finished() {
-        for found in processes::working_below(&instances) {
+        for found in processes::vmms_below(&instances) {
             let directory = fs::read_link(format!("/proc/{}/cwd", found.pid.as_raw_nonzero()));
             let is_new = directory.is_ok_and(|path| {
                 let name = path.file_name().unwrap_or_default();
@@ -160,11 +160,7 @@ fn halves(world: &World, reply: &Reply, killed: usize, armed: usize) -> Result<V
     same("instances", up + hit + 1, listed.len())?;
     same("directories", listed, on_disk)?;
     same("directories of forks that are armed", armed, new.len())?;
-    same(
-        "processes",
-        up + armed,
-        processes::working_below(&instances).len(),
-    )?;
+    same("VMMs", up + armed, processes::vmms_below(&instances).len())?;
     Ok(failed)
 }
 

@@ -174,6 +174,9 @@ impl Line {
     }
 
     fn fork(&mut self, world: &World) -> Result<(), BenchError> {
+        if self.armed {
+            world.until_armed(&self.template)?;
+        }
         let mut connection = Connection::open(&world.server.data().join("stencil.sock"))?;
         let mut body = json!({"target_state": "Paused"});
         if self.mode != COW {
@@ -194,9 +197,6 @@ impl Line {
         work(&mut guest)?;
         let worked = milliseconds(asked.elapsed());
         world.delete(&[id])?;
-        if self.armed {
-            world.until_armed(&self.template)?;
-        }
         self.forks.push(Forked {
             paused,
             running,
