@@ -99,8 +99,11 @@ impl Hypervisor for Hosted {
     }
 
     async fn spawn(&self, dir: &InstanceDir, _: Start<'_>) -> Result<VmmProcess, VmmError> {
-        let agent = start_agent(dir);
-        Ok(VmmProcess::attach(&identity(agent.id())).unwrap().unwrap())
+        let mut agent = start_agent(dir);
+        let process = VmmProcess::attach(&identity(agent.id())).unwrap().unwrap();
+        // Somebody has to reap it.
+        std::thread::spawn(move || agent.wait());
+        Ok(process)
     }
 
     async fn create(&self, _: &InstanceDir, _: &VmSpec, _: &VmGeneration) -> Result<(), VmmError> {
