@@ -286,7 +286,9 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
-        rest::stop(dir, vmm).await
+        let exit = rest::stop(dir, vmm).await?;
+        served::until_ended(dir).await?;
+        Ok(exit)
     }
 }
 

@@ -29,6 +29,7 @@ use crate::VmmError;
 pub use exit::Exit;
 pub use memory::MemoryUse;
 pub(crate) use spawn::{Launch, Listens, Session, Streams, append_to, remove_socket, spawn, spawn_watched};
+pub(crate) use stray::processes_below;
 pub use stray::stray_processes;
 
 /// How long a VMM has after SIGTERM. Its teardown takes some 25 ms for KVM's part, and longer for much memory.

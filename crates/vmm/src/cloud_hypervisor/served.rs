@@ -13,11 +13,14 @@ use stencil_vmm_api::{MigrationMemoryMode, ReceiveMigrationRequest};
 use tokio::net::UnixStream;
 
 use super::pager::{LAST_WORDS, SOCKET, TALLY, tally};
-use crate::process::{append_to, remove_socket, spawn_watched};
+use crate::process::{append_to, processes_below, remove_socket, spawn_watched};
 use crate::{Client, Exit, HotPages, KillGuard, PageCounters, Restore, VmmError, VmmProcess};
 
 /// How long the one side of a migration has to notice that the other has failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(2);
+
+/// An argument that each pager has.
+const MEMORY_GENERATION: &str = "--memory-generation";
 
 /// The program that is a pager: what is asked of it is appended to its arguments.
 #[derive(Clone, Debug)]
@@ -61,6 +64,31 @@ pub(super) fn forget(dir: &InstanceDir) {
     }
 }
 
+/// Waits until the pager of a VMM that has ended has ended too, which it does by itself.
+pub(super) async fn until_ended(dir: &InstanceDir) -> Result<(), VmmError> {
+    // Only a VM that is served has counters, and only then is it worth a look at all processes.
+    if !dir.path().join(TALLY).exists() {
+        return Ok(());
+    }
+    let path = dir.path().to_owned();
+    let found = tokio::task::spawn_blocking(move || processes_below(&path, is_pager)).await;
+    for identity in found.unwrap_or_default() {
+        if let Some(pager) = VmmProcess::attach(&identity)?
+            && pager.exited_within(AFTER_FAILURE).await.is_none()
+        {
+            pager.terminate().await?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the arguments of a process, each ended by a NUL, are those of a pager.
+fn is_pager(cmdline: &[u8]) -> bool {
+    cmdline
+        .split(|&byte| byte == 0)
+        .any(|argument| argument == MEMORY_GENERATION.as_bytes())
+}
+
 /// What the pager counted; nothing if there was none.
 pub(super) fn page_counters(dir: &InstanceDir) -> PageCounters {
     tally::read(&dir.path().join(TALLY))
@@ -84,7 +112,7 @@ async fn start(
     let mut command = Command::new(&pager.program);
     command.args(&pager.arguments).current_dir(dir.path());
     command
-        .arg("--memory-generation")
+        .arg(MEMORY_GENERATION)
         .arg(request.memory_generation.to_string());
     match request.hot_pages {
         HotPages::Unused => {}

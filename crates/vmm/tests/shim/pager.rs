@@ -293,3 +293,13 @@ async fn a_pager_has_a_session_of_its_own_and_ends_with_its_vmm() {
     fork.pager.exited().await;
     assert_eq!(world.vmm.last_words(&fork.dir), None, "it did not fail");
 }
+
+#[tokio::test]
+async fn a_vm_that_is_stopped_leaves_no_pager() {
+    let world = World::with("cloud-hypervisor v53.0\n", "walk off\n");
+    let template = world.snapshot().await;
+    let fork = Fork::new(&world, &template, HotPages::Unused).await;
+    world.vmm.stop(&fork.dir, &fork.process).await.unwrap();
+    assert!(fork.pager.has_exited().is_some(), "its pager is there");
+    assert!(pagers(&fork.dir).is_empty());
+}
