@@ -98,6 +98,10 @@ pub struct Instance {
     /// What its VMM takes of the host's memory; only of one that was asked for alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_use: Option<MemoryUse>,
+    /// What executes its guest's instructions, `kvm` or `tcg`; of one that is asked for by itself and is up on a hypervisor
+    /// that has a choice in that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<String>,
     /// How its guest's pages came to it, as its VMM counts them: `demand_faults`, `prefetched`, `prefetch_hits`, ...; of one
     /// that is asked for by itself and is served or given pages.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -170,6 +170,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
     line("started", instance.started_at.map(|started| started.to_string()));
     line("pid", instance.pid.map(|pid| pid.to_string()));
     line("memory use", instance.memory_use.map(memory_use));
+    line("accelerator", instance.accelerator.clone());
     line("pages", instance.pages.as_ref().map(counted));
     line("last", instance.timings.as_ref().map(timings));
     column_gaps(&mut table);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use stencil_core::rules::{LiveFork, Operation};
 use stencil_core::{InstanceId, InstanceName, Metadata, State};
-use stencil_vmm::{MemoryUse, PageCounters};
+use stencil_vmm::{Accelerator, MemoryUse, PageCounters};
 
 use crate::agent::AgentState;
 
@@ -29,6 +29,8 @@ pub struct Instance {
     pub agent: Option<AgentState>,
     /// What its VMM process holds in memory; only where it was asked for and there is a process.
     pub memory_use: Option<MemoryUse>,
+    /// What executes its guest's instructions; only where it was asked for and its hypervisor has a choice in that.
+    pub accelerator: Option<Accelerator>,
     /// How its guest's pages came to it; only where it was asked for and the VMM counts them.
     pub pages: Option<PageCounters>,
     /// How long its last operation took, by phase; forgotten when the server restarts.

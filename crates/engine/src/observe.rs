@@ -6,7 +6,7 @@ use stencil_core::{
     Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain,
 };
 
-use stencil_vmm::{Exit, PageCounters};
+use stencil_vmm::{Accelerator, Exit, PageCounters};
 
 use crate::agent::AgentState;
 use crate::registry::Slot;
@@ -125,8 +125,15 @@ impl Engine {
             // A process that has just ended has no memory to tell of.
             instance.memory_use = running.process.memory().ok();
             instance.pages = self.pages(&instance).await;
+            instance.accelerator = self.accelerator(&instance);
         }
         Ok(instance)
+    }
+
+    /// What executes the guest's instructions, where its hypervisor has a choice in that.
+    fn accelerator(&self, instance: &Instance) -> Option<Accelerator> {
+        let name = &instance.metadata.as_ref()?.spec.hypervisor;
+        self.hypervisor(name).ok()?.accelerator(&self.dir(&instance.id))
     }
 
     /// How the guest's pages came to it, where the VMM is up and counts them.
@@ -269,6 +276,7 @@ fn unseen(slot: &Slot) -> Instance {
         armed: None,
         agent: agent_state(slot),
         memory_use: None,
+        accelerator: None,
         pages: None,
         timings: slot.timings(),
     }

@@ -11,7 +11,7 @@ use stencil_core::{
 };
 use tokio::net::UnixStream;
 
-use crate::{Exit, VmmError, VmmProcess};
+use crate::{Accelerator, Exit, VmmError, VmmProcess};
 
 /// A kind of VMM: how it is started, and how its one VM is driven.
 ///
@@ -116,6 +116,11 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
 
     /// Why the VMM ended, where something beside it knows; `None` as a rule.
     fn last_words(&self, dir: &InstanceDir) -> Option<String>;
+
+    /// What executes the instructions of the guest that is up in `dir`; `None` of a backend that has no choice in that.
+    fn accelerator(&self, _dir: &InstanceDir) -> Option<Accelerator> {
+        None
+    }
 
     /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
     /// bounded wait. Returns when the process is proved dead and its sockets are removed.

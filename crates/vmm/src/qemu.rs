@@ -108,7 +108,7 @@ impl Qemu {
     }
 
     /// What VMs are booted with on this host, which is asked once.
-    pub fn accelerator(&self) -> Accelerator {
+    pub fn host_accelerator(&self) -> Accelerator {
         *self.accelerator.get_or_init(Accelerator::of_host)
     }
 
@@ -117,7 +117,7 @@ impl Qemu {
         let memory;
         let (machine, generation, begin) = match start {
             Start::Boot { spec, generation } => (
-                Machine::new(spec, self.accelerator()),
+                Machine::new(spec, self.host_accelerator()),
                 generation,
                 Begin::Boot(spec),
             ),
@@ -197,7 +197,7 @@ impl Hypervisor for Qemu {
             agent: true,
             outlives_guest: true,
             firmware: false,
-            host_cpu: self.accelerator() == Accelerator::Kvm,
+            host_cpu: self.host_accelerator() == Accelerator::Kvm,
         }
     }
 
@@ -311,6 +311,10 @@ impl Hypervisor for Qemu {
 
     fn last_words(&self, _dir: &InstanceDir) -> Option<String> {
         None
+    }
+
+    fn accelerator(&self, dir: &InstanceDir) -> Option<Accelerator> {
+        Some(read_started(dir).ok()?.machine.accelerator)
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {

@@ -65,6 +65,7 @@ impl From<stencil_engine::Instance> for Instance {
             pid: None,
             timings: seen.timings.map(Timings::from),
             memory_use,
+            accelerator: seen.accelerator.map(|accelerator| accelerator.to_string()),
             pages: seen.pages,
         };
         if let Some(metadata) = seen.metadata {
@@ -198,6 +199,7 @@ mod tests {
             armed: None,
             agent: None,
             memory_use: None,
+            accelerator: None,
             pages: None,
             timings: None,
         }
@@ -207,6 +209,7 @@ mod tests {
     fn a_fork_shows_everything_that_is_known_of_it() {
         let fork = stencil_engine::Instance {
             agent: Some(AgentState::Failed("it cannot set the clock".to_owned())),
+            accelerator: Some(stencil_vmm::Accelerator::Tcg),
             pages: Some([("prefetched".to_owned(), 21)].into()),
             memory_use: Some(stencil_vmm::MemoryUse {
                 pss: 1,

@@ -119,7 +119,7 @@ async fn qemu(path: PathBuf) -> Vmm {
         }
     };
     let fact = format!("{version}, {}", path.display());
-    let finding = match qemu.accelerator() {
+    let finding = match qemu.host_accelerator() {
         Accelerator::Kvm => Finding::good(ABOUT, format!("{fact}; guests run under KVM")),
         Accelerator::Tcg => Finding::limited(
             ABOUT,

@@ -165,6 +165,7 @@ async fn a_vm_lives_from_create_to_its_end() {
     world.vmm.boot(&dir).await.unwrap();
     until_printed(&dir, "ready\n").await;
     assert_eq!(world.phase(&dir).await, VmPhase::Running);
+    assert_eq!(world.vmm.accelerator(&dir), Some(world.vmm.host_accelerator()));
     world.vmm.pause(&dir).await.unwrap();
     assert_eq!(world.phase(&dir).await, VmPhase::Paused);
     world.vmm.resume(&dir).await.unwrap();
