@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use crate::stencil::command;
+use crate::stencil::{command, done};
 
 /// What of the host an agent has for itself, so that it changes nothing: the host's name and the machine id.
 const PRIVATE: &str =
@@ -223,8 +223,8 @@ impl Guests {
             engine
         });
         let guests = Self { dir, engine, runtime };
-        let waited = guests.command(&["wait", "web"]).status().unwrap();
-        assert!(waited.success());
+        let waited = done(&mut guests.command(&["wait", "web"]));
+        assert_eq!(waited.code, 0, "{waited:?}");
         guests
     }
 
