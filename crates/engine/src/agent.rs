@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | `link` | one task for each VM that runs: connects, and connects again; moves bytes |
+//! | `ask` | what sessions and operations ask of a link |
 //! | `conversation` | what is said, and what is heard: a value that does no I/O |
 //! | `session` | one command: its output, its input, its end |
 //! | `run` | a command from its request to its result |
@@ -15,6 +16,7 @@
 //! A guest is a stranger: what it sends is bounded in memory by the window of each stream of a session, and the task
 //! never waits for who reads. A command whose reader is gone is killed.
 
+mod ask;
 mod conversation;
 mod link;
 mod run;
@@ -31,7 +33,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use self::conversation::{Ask, NotOpened};
+use self::ask::{Ask, NotOpened};
 use crate::registry::Slot;
 
 pub use self::run::{Agent, Captured, ExecOutput, ExecRequest, MAX_CAPTURED};

@@ -8,11 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use stencil_agent::{
-    Entropy, Epoch, EpochId, Exec, ExecError, Frame, FrameError, Nonce, Output, SessionId, ToGuest, ToHost,
-    TtySize, VERSION, WINDOW, encode,
+    Entropy, Epoch, EpochId, Exec, Frame, FrameError, Nonce, Output, SessionId, ToGuest, ToHost, VERSION,
+    WINDOW, encode,
 };
 use tokio::sync::oneshot;
 
+use super::ask::{Ask, NotOpened};
 use super::session::{Exited, Shared};
 use super::{AgentState, Identity};
 
@@ -20,52 +21,6 @@ use super::{AgentState, Identity};
 const SIGKILL: u8 = 9;
 /// The most characters of a reason that a guest gives.
 const LONGEST_WHY: usize = 1000;
-
-/// What is asked of a link.
-#[derive(Debug)]
-pub(super) enum Ask {
-    Exec {
-        /// A number that this link has not used.
-        session: SessionId,
-        exec: Exec,
-        shared: Arc<Shared>,
-        /// Told the command's process id in the guest.
-        opened: oneshot::Sender<Result<u32, NotOpened>>,
-    },
-    Stdin {
-        session: SessionId,
-        bytes: Vec<u8>,
-    },
-    StdinClosed {
-        session: SessionId,
-    },
-    Credit {
-        session: SessionId,
-        stream: Output,
-        bytes: u32,
-    },
-    Resize {
-        session: SessionId,
-        size: TtySize,
-    },
-    Signal {
-        session: SessionId,
-        signal: u8,
-    },
-    Freeze(oneshot::Sender<Result<(), String>>),
-    Thaw,
-}
-
-/// A command does not run.
-#[derive(Debug)]
-pub(super) enum NotOpened {
-    /// The guest refused.
-    Refused(ExecError, String),
-    /// The request fits in no frame.
-    TooLarge,
-    /// The link was lost meanwhile; why, as part of a sentence.
-    Lost(String),
-}
 
 /// A session that is not over.
 #[derive(Debug)]

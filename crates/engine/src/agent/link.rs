@@ -12,7 +12,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-use super::conversation::{Ask, Conversation};
+use super::ask::Ask;
+use super::conversation::Conversation;
 use super::{AgentState, Identity, Seen};
 use crate::registry::Slot;
 

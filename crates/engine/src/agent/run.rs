@@ -9,7 +9,7 @@ use stencil_core::rules::{self, Operation};
 use stencil_core::{HypervisorName, InstanceId, State};
 use tokio::time::timeout;
 
-use super::conversation::NotOpened;
+use super::ask::NotOpened;
 use super::session::{ExecEvent, ExecSession, Exited};
 use super::{AgentLink, AgentState};
 use crate::running::RunningVmm;

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use stencil_agent::{CHUNK, End, Output, SessionId, TtySize, WINDOW};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
-use super::conversation::Ask;
+use super::ask::Ask;
 
 /// So much of a window is emptied before it is granted again: a grant is a message of its own.
 const GRANT: u32 = WINDOW / 4;
