@@ -87,6 +87,7 @@ impl World {
             firmware: None,
             initrd: None,
             cmdline: None,
+            disks: Vec::new(),
             vcpus: 1,
             memory_bytes,
             readiness: Readiness::Console("ready epoch=".to_owned()),

@@ -113,6 +113,7 @@ fn told(error: &EngineError) -> ApiError {
         }
         EngineError::Refused(refusal) => refused(refusal),
         EngineError::NoRoom(shortage) => no_room(shortage, message),
+        EngineError::DiskLost(_) => ApiError::internal(message),
         EngineError::NoConsole(_) | EngineError::NoSnapshot(_) => {
             ApiError::conflict("invalid_state", message)
         }
@@ -321,6 +322,7 @@ mod tests {
             }
             .into(),
             EngineError::NoConsole(id()),
+            EngineError::DiskLost(0),
             EngineError::NoSnapshot(id()),
             EngineError::NoAgent {
                 id: id(),

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use stencil_core::{
-    HypervisorName, ImageName, InstanceId, InstanceName, MemoryMode, Readiness, State, VmGeneration,
+    DiskSpec, HypervisorName, ImageName, InstanceId, InstanceName, MemoryMode, Readiness, State, VmGeneration,
 };
 
 use crate::ErrorBody;
@@ -83,6 +83,9 @@ pub struct Instance {
     /// The firmware that it starts instead of a kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub firmware: Option<PathBuf>,
+    /// Its disks, in the order in which its guest finds them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskSpec>>,
     /// When it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created_at: Option<Timestamp>,
@@ -319,6 +322,9 @@ pub struct Hypervisor {
     pub console_input: bool,
     /// Whether a fork's guest is told that it is a new machine.
     pub tells_identity: bool,
+    /// How many files a disk may consist of that lie on each other, its base counted; 0 where its VMs have no disks.
+    #[serde(default)]
+    pub max_disk_layers: usize,
     /// Whether an agent in its guests can be reached.
     pub agent: bool,
     /// Whether an instance whose guest has powered off or died is Shutdown; else it is Stopped.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 use stencil_core::{ForkRequest, HypervisorName, ImageName, InstanceName, MemoryMode, Readiness, State};
-use stencil_engine::{CreateRequest, Filter, ForksRequest, ImageRequest};
+use stencil_engine::{CreateRequest, DiskRequest, Filter, ForksRequest, ImageRequest};
 
 use crate::error::ApiError;
 use crate::exec::RunCommand;
@@ -40,6 +40,9 @@ pub struct CreateInstance {
     /// The kernel's command line; when absent, that of the image, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+    /// Its disks, in the order in which its guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<AddDisk>,
     /// How many vCPUs; 1 when absent.
     #[serde(default = "one")]
     pub vcpus: u32,
@@ -69,6 +72,7 @@ impl CreateInstance {
             firmware: None,
             initrd: None,
             cmdline: None,
+            disks: Vec::new(),
             vcpus: one(),
             memory: MemorySize::default(),
             readiness: Readiness::None,
@@ -88,11 +92,33 @@ impl From<CreateInstance> for CreateRequest {
             firmware: asked.firmware,
             initrd: asked.initrd,
             cmdline: asked.cmdline,
+            disks: asked.disks.into_iter().map(DiskRequest::from).collect(),
             vcpus: asked.vcpus,
             memory_bytes: asked.memory.0,
             readiness: asked.readiness,
             labels: asked.labels,
             start: asked.start,
+        }
+    }
+}
+
+/// A disk of a new instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddDisk {
+    /// Absolute path of its base, a raw or qcow2 image, as the server sees it. The base is never written: the guest writes to a
+    /// layer of the instance's own.
+    pub path: PathBuf,
+    /// Whether the guest cannot write at all; no when absent.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+impl From<AddDisk> for DiskRequest {
+    fn from(asked: AddDisk) -> Self {
+        Self {
+            path: asked.path,
+            read_only: asked.read_only,
         }
     }
 }

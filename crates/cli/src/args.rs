@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use stencil_api::memory_size::MemorySize;
+use stencil_api::request::AddDisk;
 use stencil_api::timeout::Timeout;
 use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryGeneration, MemoryMode, State};
 
@@ -188,6 +190,9 @@ pub(crate) struct Create {
     /// The kernel's command line [default: the image's]
     #[arg(long)]
     pub(crate) cmdline: Option<String>,
+    /// A disk on this raw or qcow2 image, which is never written; with ,ro the guest cannot write either; can be given many times
+    #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = disk)]
+    pub(crate) disks: Vec<AddDisk>,
     /// How many vCPUs
     #[arg(long, default_value_t = 1)]
     pub(crate) vcpus: u32,
@@ -355,6 +360,17 @@ pub(crate) struct Wait {
     /// How long: seconds, or with a unit such as 500ms or 2m
     #[arg(long, default_value = "30s", value_name = "TIME")]
     pub(crate) timeout: Timeout,
+}
+
+fn disk(text: &str) -> Result<AddDisk, Infallible> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    Ok(AddDisk {
+        path: path.into(),
+        read_only,
+    })
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

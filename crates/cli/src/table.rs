@@ -10,7 +10,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
 use stencil_api::reply::{Agent, AgentStatus, ForkList, ForkOutcome, Instance, MemoryUse, Timings};
-use stencil_core::Readiness;
+use stencil_core::{DiskSpec, Readiness};
 
 use crate::doctor::{Diagnosis, Mark};
 
@@ -117,6 +117,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
             .as_ref()
             .map(|firmware| firmware.display().to_string()),
     );
+    line("disks", instance.disks.as_deref().map(disks));
     line("ready when", instance.readiness.as_ref().map(readiness));
     line(
         "labels",
@@ -294,6 +295,17 @@ fn agent(agent: &Agent) -> String {
         (AgentStatus::Failed, Some(why)) => format!("failed: {why}"),
         (AgentStatus::Failed, None) => "failed".to_owned(),
     }
+}
+
+fn disks(disks: &[DiskSpec]) -> String {
+    let disks: Vec<String> = disks
+        .iter()
+        .map(|disk| {
+            let read_only = if disk.read_only { ", read-only" } else { "" };
+            format!("{} ({}{read_only})", disk.path.display(), disk.format)
+        })
+        .collect();
+    disks.join("\n")
 }
 
 fn labels(labels: &std::collections::BTreeMap<String, String>) -> String {

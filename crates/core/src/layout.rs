@@ -5,6 +5,7 @@
 //! <data>/stencil.sock               the server's default socket
 //! <data>/instances/<id>/metadata.json
 //!                       vmm.sock  console.sock or console.tty  agent.sock or vsock.sock  console.log  vmm.log
+//!                       disk0.qcow2  disk0-0.qcow2  disk0-1.qcow2 ...
 //!                       snapshot/manifest.json      written last
 //!                                config.json  state.json  memory-ranges
 //! <data>/instances/.new-<id>/       being made, or left by a crash
@@ -192,6 +193,42 @@ impl InstanceDir {
     #[must_use]
     pub fn vmm_log(&self) -> PathBuf {
         self.0.join("vmm.log")
+    }
+
+    /// The name of the layer that the guest writes of the disk of this number, counted from 0.
+    ///
+    /// A VMM is told this and not a path, so that a snapshot fits every fork. The layers lie in the instance's directory itself:
+    /// a name of a backing file is right there both for VMMs that look for it where the layer is, and for those that look in their
+    /// working directory (Cloud Hypervisor before v53).
+    #[must_use]
+    pub fn disk_name(disk: usize) -> String {
+        format!("disk{disk}.qcow2")
+    }
+
+    /// The name of a layer of that disk that is never written again: the first, 0, lies on the disk's base, each other one on
+    /// that before it.
+    #[must_use]
+    pub fn frozen_disk_name(disk: usize, layer: usize) -> String {
+        format!("disk{disk}-{layer}.qcow2")
+    }
+
+    /// The layer that the guest writes of the disk of this number.
+    #[must_use]
+    pub fn disk(&self, disk: usize) -> PathBuf {
+        self.0.join(Self::disk_name(disk))
+    }
+
+    /// A layer of that disk that is never written again.
+    #[must_use]
+    pub fn frozen_disk(&self, disk: usize, layer: usize) -> PathBuf {
+        self.0.join(Self::frozen_disk_name(disk, layer))
+    }
+
+    /// The name of a layer that is being made; one that a crash leaves is swept.
+    #[must_use]
+    pub fn new_disk(&self, disk: usize) -> PathBuf {
+        self.0
+            .join(format!("{TEMPORARY_PREFIX}{}", Self::disk_name(disk)))
     }
 
     /// Its snapshot.

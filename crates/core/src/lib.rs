@@ -68,7 +68,10 @@ pub use id::{InstanceId, InstanceIdError};
 pub use image::{Image, ImageFile, ImageName, ImageUser};
 pub use layout::{DataDir, ImageDir, InstanceDir, SnapshotDir};
 pub use manifest::SnapshotManifest;
-pub use metadata::{Epoch, EpochKind, MemoryMode, Metadata, ProcessIdentity, Readiness, VmSpec, VmmRecord};
+pub use metadata::{
+    DiskFormat, DiskSpec, Epoch, EpochKind, MemoryMode, Metadata, ProcessIdentity, Readiness, VmSpec,
+    VmmRecord,
+};
 pub use name::{InstanceName, NameError};
 pub use observe::{GuestEnd, Observed, SnapshotFacts, VmPhase, VmmFacts};
 pub use rules::{Decision, ForkFrom, ForkPlan, ForkRequest, LiveFork, Operation, Refusal};

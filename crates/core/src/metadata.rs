@@ -129,6 +129,9 @@ pub struct VmSpec {
     /// The kernel's command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Its disks, in the order in which its guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskSpec>,
     /// How many vCPUs.
     pub vcpus: u32,
     /// The size of its memory in bytes.
@@ -145,7 +148,8 @@ pub struct VmSpec {
 }
 
 impl VmSpec {
-    /// A machine of no image that boots a kernel with an empty command line, without ramdisk, readiness and labels; `memory_bytes` in bytes.
+    /// A machine of no image that boots a kernel with an empty command line, without ramdisk, disks, readiness and labels;
+    /// `memory_bytes` in bytes.
     #[must_use]
     pub fn new(hypervisor: HypervisorName, kernel: PathBuf, vcpus: u32, memory_bytes: u64) -> Self {
         Self {
@@ -155,12 +159,45 @@ impl VmSpec {
             firmware: None,
             initrd: None,
             cmdline: String::new(),
+            disks: Vec::new(),
             vcpus,
             memory_bytes,
             readiness: Readiness::None,
             labels: BTreeMap::new(),
             other: Map::new(),
         }
+    }
+}
+
+/// A disk. Its base is never written: what the guest writes goes to a layer of the instance's own,
+/// [`InstanceDir::disk`](crate::InstanceDir::disk).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// The base, an image file; absolute.
+    pub path: PathBuf,
+    /// What the base is.
+    pub format: DiskFormat,
+    /// The guest cannot write: then there is no layer, and the VMM reads the base.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The format of a disk image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// The disk's bytes, and nothing else.
+    Raw,
+    /// QEMU's format, version 2 or 3 (docs/interop/qcow2.rst of QEMU).
+    Qcow2,
+}
+
+impl fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
     }
 }
 

@@ -7,16 +7,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use stencil_core::rules::{ForkFrom, ForkPlan};
-use stencil_core::{MemoryMode, Readiness, State, VmSpec};
+use stencil_core::{DiskFormat, DiskSpec, MemoryMode, Readiness, State, VmSpec};
 
 use crate::limits::{Needs, Promise, Shortage};
 use crate::registry::Slot;
-use crate::{CreateRequest, Engine, EngineError, kernel};
+use crate::{CreateRequest, Engine, EngineError, disk_image, disks, kernel};
 
 /// Guest memory is given out in pages of this many bytes.
 const PAGE_BYTES: u64 = 4096;
 /// Less than this holds no kernel.
 const LEAST_MEMORY_BYTES: u64 = 2 << 20;
+/// More than this many disks nobody has asked for; each takes a place on the VM's PCI bus, which has 31.
+const MOST_DISKS: usize = 16;
 /// Longest text that a guest is expected to print when it is ready, in bytes.
 const LONGEST_READY_TEXT: usize = 1024;
 
@@ -58,6 +60,7 @@ impl Engine {
             firmware: boot.firmware,
             initrd: boot.initrd,
             cmdline: boot.cmdline,
+            disks: admit_disks(request, able.max_disk_layers)?,
             vcpus: request.vcpus,
             memory_bytes: request.memory_bytes,
             readiness: request.readiness.clone(),
@@ -120,6 +123,17 @@ impl Engine {
                  them, or target_state Paused",
                 spec.hypervisor
             ));
+        }
+        if plan.keeps_disks {
+            let layers = disks::layers_of_fork(&self.dir(&source.id), spec)?;
+            if layers > able.max_disk_layers {
+                return invalid(format!(
+                    "a disk of this fork would lie on {} others; {} takes {}: fork an instance that is fewer forks away from its base",
+                    layers - 1,
+                    spec.hypervisor,
+                    able.max_disk_layers - 1
+                ));
+            }
         }
         let modes = able.memory_modes;
         if !modes.contains(&plan.memory_mode) {
@@ -209,10 +223,63 @@ pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
         .as_deref()
         .map(|initrd| open("initrd", initrd))
         .transpose()?;
+    for disk in &spec.disks {
+        let found = check_disk(&disk.path)?.0;
+        if found != disk.format {
+            return invalid(format!(
+                "disk `{}` is {found}, and was {} when the instance was made; put that file back",
+                disk.path.display(),
+                disk.format
+            ));
+        }
+    }
     Ok(())
 }
 
-/// That this file, which the client knows as `path`, can be booted.
+fn admit_disks(request: &CreateRequest, max_layers: usize) -> Result<Vec<DiskSpec>, EngineError> {
+    let hypervisor = &request.hypervisor;
+    if max_layers == 0 && !request.disks.is_empty() {
+        return invalid(format!(
+            "the VMs of {hypervisor} have no disks; give none, or another hypervisor"
+        ));
+    }
+    if request.disks.len() > MOST_DISKS {
+        return invalid(format!(
+            "there are {} disks; an instance takes at most {MOST_DISKS}",
+            request.disks.len()
+        ));
+    }
+    let disks = request.disks.iter().map(|disk| {
+        utf8(&disk.path)?;
+        Ok(DiskSpec {
+            path: disk.path.clone(),
+            format: check_disk(&disk.path)?.0,
+            read_only: disk.read_only,
+        })
+    });
+    disks.collect()
+}
+
+/// That this file can be the base of a disk; what it is, and the disk's size in bytes.
+pub(crate) fn check_disk(path: &Path) -> Result<(DiskFormat, u64), EngineError> {
+    let file = open("disk", path)?;
+    disk_image::check_base(&file).or_else(|why| invalid(format!("disk `{}` {why}", path.display())))
+}
+
+/// A path as it can stand in a disk's layer.
+pub(crate) fn utf8(path: &Path) -> Result<&str, EngineError> {
+    path.to_str().map_or_else(
+        || {
+            invalid(format!(
+                "disk `{}` is no UTF-8; give it another name",
+                path.display()
+            ))
+        },
+        Ok,
+    )
+}
+
+/// That this file, which the client knows as the `path` of a `field`, can be booted.
 pub(crate) fn check_kernel(field: &str, file: &File, path: &Path) -> Result<(), EngineError> {
     kernel::check(file).or_else(|why| {
         invalid(format!(

@@ -12,6 +12,7 @@ use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmP
 use crate::admission::check_boot_files;
 use crate::agent::{AgentLink, Identity};
 use crate::cpu::host_cpu;
+use crate::disks;
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
@@ -29,6 +30,7 @@ impl Engine {
         check_boot_files(&metadata.spec)?;
         let metadata = self.end_vmm(slot, metadata).await?;
         let dir = self.dir(&slot.id);
+        disks::make_own(&dir, &metadata.spec)?;
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
         let _permit = self.turn(&self.inner.bring_up).await;
         let console_offset = size_of(&dir.console_log());

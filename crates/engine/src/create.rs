@@ -3,6 +3,7 @@
 use stencil_core::rules::Operation;
 use stencil_core::{Durability, InstanceId, InstanceName, Metadata, VmGeneration};
 
+use crate::disks;
 use crate::instance::Stopwatch;
 use crate::registry::Reservation;
 use crate::{CreateRequest, Engine, EngineError, Instance};
@@ -33,8 +34,14 @@ impl Engine {
             jiff::Timestamp::now(),
         );
         let made = metadata.clone();
-        self.on_disk(move |store| store.begin(id)?.commit(&made, Durability::Synced))
-            .await?;
+        self.on_disk(move |store| {
+            let new = store.begin(id)?;
+            if let Err(failed) = disks::make_first(new.dir(), &made.spec) {
+                return Ok(Err(failed));
+            }
+            new.commit(&made, Durability::Synced).map(Ok)
+        })
+        .await??;
         let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if request.start

@@ -105,6 +105,11 @@ pub enum EngineError {
         /// The name of this host's.
         here: String,
     },
+    /// The VMM ended without writing down what its guest had written, so that a snapshot would not fit the disk.
+    #[error(
+        "the VMM ended before it had written down disk {0}, so the snapshot is thrown away; start the instance: its guest finds its disk as after a power loss"
+    )]
+    DiskLost(usize),
     /// The data directory could not be read or written.
     #[error("the data directory could not be used")]
     Store(#[from] StoreError),

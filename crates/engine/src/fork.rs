@@ -9,6 +9,7 @@ use stencil_vmm::VmmError;
 
 use crate::begin::{NotBegun, fork_metadata};
 use crate::bring_up::SnapshotSource;
+use crate::disks;
 use crate::fork_base::{ForkBase, put_back};
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
@@ -250,14 +251,23 @@ impl Engine {
             .filter(|_| base.plan.target == State::Standby);
         stopwatch.lap("decide");
         let made = metadata.clone();
+        let (from, keeps_disks) = (self.dir(&base.source.id), base.plan.keeps_disks);
         self.on_disk(move |store| {
             let new = store.begin(made.id)?;
+            let disks = if keeps_disks {
+                disks::fork(&from, new.dir(), &made.spec)
+            } else {
+                disks::make_first(new.dir(), &made.spec)
+            };
+            if let Err(failed) = disks {
+                return Ok(Err(failed));
+            }
             if let Some(snapshot) = snapshot {
                 new.link_snapshot(&snapshot.dir, &snapshot.manifest)?;
             }
-            new.commit(&made, Durability::Synced)
+            new.commit(&made, Durability::Synced).map(Ok)
         })
-        .await?;
+        .await??;
         let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if base.plan.target == State::Running

@@ -13,6 +13,7 @@
 //! | `registry`, `names`, `running` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
+//! | `disks`, `disk_image` | the layers of an instance's disks, and what a disk's base can be |
 //! | `images` | what instances are made of, kept by name |
 //! | `fork_base`, `prepare`, `begin` | a fork's hops: its source under its lock, up to its first instruction, and from there on |
 //! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
@@ -62,6 +63,8 @@ mod console;
 mod cpu;
 mod create;
 mod delete;
+mod disk_image;
+mod disks;
 mod engine;
 mod error;
 mod fork;
@@ -99,7 +102,7 @@ pub use error::EngineError;
 pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL, Work};
 pub use instance::{Armed, Instance, Timings};
 pub use limits::{Resource, Shortage};
-pub use requests::{CreateRequest, Filter, ForksRequest, ImageRequest};
+pub use requests::{CreateRequest, DiskRequest, Filter, ForksRequest, ImageRequest};
 pub use stencil_agent::{
     End, Exec, ExecError, Output, PROGRAM as AGENT_PROGRAM, TtySize, VERSION as AGENT_PROTOCOL,
 };

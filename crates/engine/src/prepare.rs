@@ -4,6 +4,7 @@
 use stencil_core::{EpochKind, InstanceId, VmGeneration, error_chain};
 
 use crate::bring_up::{Machine, SnapshotSource};
+use crate::disks;
 use crate::fork_base::ForkBase;
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
@@ -49,6 +50,7 @@ impl Engine {
         stopwatch: &mut Stopwatch,
     ) -> Result<PreparedFork, EngineError> {
         let new = self.inner.store.begin(id)?;
+        disks::fork(&self.dir(&base.source.id), new.dir(), &base.metadata.spec)?;
         let generation = VmGeneration::random();
         let machine = Machine {
             id,

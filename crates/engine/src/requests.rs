@@ -24,6 +24,8 @@ pub struct CreateRequest {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line; the image's when absent, and empty without an image.
     pub cmdline: Option<String>,
+    /// Its disks, in the order in which its guest finds them.
+    pub disks: Vec<DiskRequest>,
     /// vCPUs, from 1 to what the hypervisor can.
     pub vcpus: u32,
     /// Guest memory in bytes: a multiple of 4096, more than 0, at most what the host has.
@@ -34,6 +36,16 @@ pub struct CreateRequest {
     pub labels: BTreeMap<String, String>,
     /// Whether it is booted too.
     pub start: bool,
+}
+
+/// A disk of a new instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRequest {
+    /// Absolute path of the base, a raw or qcow2 image. It is never written, and must not be changed while the instance, or a
+    /// fork of it, is there.
+    pub path: PathBuf,
+    /// Whether the guest cannot write to it.
+    pub read_only: bool,
 }
 
 /// A new image. [`Engine::add_image`](crate::Engine::add_image) checks it against the host.

@@ -7,6 +7,7 @@ use stencil_core::{EpochKind, MemoryGeneration, Metadata, SnapshotFacts, Snapsho
 
 use crate::bring_up::{Machine, SnapshotSource};
 use crate::cpu::host_cpu;
+use crate::disks;
 use crate::hot_list::HotPagesUse;
 use crate::instance::Stopwatch;
 use crate::registry::Slot;
@@ -69,8 +70,19 @@ impl Engine {
             }
             return Err(failed);
         }
-        self.end_vmm(slot, metadata).await?;
+        let metadata = self.end_vmm(slot, metadata).await?;
         stopwatch.lap("stop");
+        if !metadata.spec.disks.is_empty() {
+            let (dir, id) = (self.dir(&slot.id), slot.id);
+            let closed = self
+                .on_disk(move |_| Ok(disks::close(&dir, &metadata.spec)))
+                .await?;
+            if let Err(lost) = closed {
+                self.on_disk(move |store| store.discard_snapshot(&id)).await?;
+                return Err(lost);
+            }
+            stopwatch.lap("disks");
+        }
         Ok(())
     }
 
@@ -147,6 +159,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
+        disks::make_own(&dir, &metadata.spec)?;
         let permit = self.turn(&self.inner.bring_up).await;
         let machine = Machine {
             id: slot.id,

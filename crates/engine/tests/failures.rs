@@ -5,6 +5,7 @@
 
 mod agent;
 mod armed;
+mod disks;
 mod hostile;
 mod hot_pages;
 mod images;

@@ -14,6 +14,9 @@ pub struct VmConfig {
     /// What is booted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub payload: Option<PayloadConfig>,
+    /// Virtio block devices.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
     /// The 16550 serial port, COM1.
     pub serial: SerialConfig,
     /// The virtio console; Stencil turns it off.
@@ -45,6 +48,32 @@ impl Default for CpusConfig {
             max_vcpus: 1,
         }
     }
+}
+
+/// A virtio block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Its name.
+    pub id: String,
+    /// The image file.
+    pub path: String,
+    /// Whether the guest cannot write to it.
+    #[serde(default)]
+    pub readonly: bool,
+    /// What the file is. Never left to the VMM to guess: a guest could write what makes it another format.
+    pub image_type: ImageType,
+    /// Whether the file may lie on another one that it names.
+    #[serde(default)]
+    pub backing_files: bool,
+}
+
+/// The format of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageType {
+    /// The disk's bytes.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// Guest memory: either one `size`, or zones with a `size` of 0.

@@ -30,8 +30,8 @@ mod reply;
 mod request;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, MemoryConfig, MemoryZoneConfig, PayloadConfig, SerialConfig,
-    SerialMode, VmConfig, VsockConfig,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, MemoryZoneConfig,
+    PayloadConfig, SerialConfig, SerialMode, VmConfig, VsockConfig,
 };
 pub use error::ErrorBody;
 pub use reply::{PingReply, VmCounters, VmEnd, VmEndKind, VmInfo, VmState};

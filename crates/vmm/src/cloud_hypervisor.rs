@@ -32,10 +32,10 @@ use std::env;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use stencil_core::{HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
+use stencil_core::{DiskFormat, HypervisorName, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmSpec};
 use stencil_vmm_api::{
-    MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, PingReply, RestoreRequest, SerialConfig, SerialMode,
-    VmConfig,
+    DiskConfig, ImageType, MemoryConfig, MemoryRestoreMode, MemoryZoneConfig, PingReply, RestoreRequest,
+    SerialConfig, SerialMode, VmConfig,
 };
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
@@ -66,6 +66,8 @@ const POSTCOPY_SINCE: u32 = 53;
 const MAX_VCPUS: u32 = 254;
 /// What a refused snapshot says where KVM gives no nested state (v53, `hypervisor/src/cpu.rs`).
 const NESTED_STATE: &str = "GetNestedState";
+/// It follows 10 backing files from the one that it is given (`MAX_NESTING_DEPTH`, block/src/formats/qcow/util.rs in v53).
+const MAX_DISK_LAYERS: usize = 11;
 /// Name of the memory zone.
 const ZONE: &str = "mem0";
 
@@ -145,6 +147,7 @@ impl Hypervisor for CloudHypervisor {
             firmware: true,
             console_input: true,
             tells_identity: false,
+            max_disk_layers: MAX_DISK_LAYERS,
             agent: true,
             outlives_guest: false,
         }
@@ -303,6 +306,7 @@ fn vm_config(spec: &VmSpec) -> Result<VmConfig, VmmError> {
                 ..MemoryZoneConfig::default()
             }],
         },
+        disks: disks(spec)?,
         serial: SerialConfig {
             mode: SerialMode::Tty,
             ..SerialConfig::default()
@@ -322,6 +326,30 @@ fn nested_state(failed: VmmError) -> VmmError {
         }
         _ => failed,
     }
+}
+
+/// Its disks: of those that the guest writes the instance's own layers, by names in the VMM's working directory.
+fn disks(spec: &VmSpec) -> Result<Vec<DiskConfig>, VmmError> {
+    let disks = spec.disks.iter().enumerate();
+    disks
+        .map(|(number, disk)| {
+            let (path, format) = if disk.read_only {
+                (rest::utf8(&disk.path)?, disk.format)
+            } else {
+                (InstanceDir::disk_name(number), DiskFormat::Qcow2)
+            };
+            Ok(DiskConfig {
+                id: format!("disk{number}"),
+                path,
+                readonly: disk.read_only,
+                image_type: match format {
+                    DiskFormat::Raw => ImageType::Raw,
+                    DiskFormat::Qcow2 => ImageType::Qcow2,
+                },
+                backing_files: !disk.read_only,
+            })
+        })
+        .collect()
 }
 
 /// `--version` says `v53.0`.

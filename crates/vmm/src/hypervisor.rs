@@ -145,6 +145,8 @@ pub struct Capabilities {
     pub console_input: bool,
     /// Whether a restored guest is told who it is from now on: its generation id, its clock, and that it was restored.
     pub tells_identity: bool,
+    /// How many files a disk may consist of that lie on each other, its base counted; 0 where its VMs have no disks.
+    pub max_disk_layers: usize,
     /// Whether its guests have a port through which an agent in them can be reached.
     pub agent: bool,
     /// Whether the VMM stays when its guest has powered off or died. The instance is Shutdown then and tells the guest's end;

@@ -69,6 +69,7 @@ impl Hypervisor for MicroVm {
             firmware: false,
             console_input: true,
             tells_identity: true,
+            max_disk_layers: 0,
             agent: false,
             outlives_guest: true,
         }

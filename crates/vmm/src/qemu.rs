@@ -72,6 +72,8 @@ const NOT_MAPPED: &str = "the memory could not be mapped: QEMU before 8.2 opens 
                           may do with a snapshot's";
 /// APIC ids have 8 bits where there is no interrupt remapping, and the last means all of them.
 const MAX_VCPUS: u32 = 254;
+/// It has no limit itself; each layer takes memory, and time at the start.
+const MAX_DISK_LAYERS: usize = 32;
 /// Name of the file that says what an instance's QEMU was started as.
 const MACHINE: &str = "machine.json";
 
@@ -194,6 +196,7 @@ impl Hypervisor for Qemu {
             console_input: true,
             // It has a generation id, and next to no guest has a driver for that.
             tells_identity: false,
+            max_disk_layers: MAX_DISK_LAYERS,
             agent: true,
             outlives_guest: true,
             firmware: false,

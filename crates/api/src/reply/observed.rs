@@ -17,6 +17,7 @@ impl From<&dyn stencil_vmm::Hypervisor> for Hypervisor {
             firmware: able.firmware,
             console_input: able.console_input,
             tells_identity: able.tells_identity,
+            max_disk_layers: able.max_disk_layers,
             agent: able.agent,
             outlives_guest: able.outlives_guest,
         }
@@ -60,6 +61,7 @@ impl From<stencil_engine::Instance> for Instance {
             image: None,
             kernel: None,
             firmware: None,
+            disks: None,
             created_at: None,
             started_at: None,
             pid: None,
@@ -94,6 +96,7 @@ impl Instance {
         self.image = spec.image;
         self.kernel = spec.kernel;
         self.firmware = spec.firmware;
+        self.disks = (!spec.disks.is_empty()).then_some(spec.disks);
         self.created_at = Some(metadata.created_at);
         // A VMM that ended by itself is still on record; its pid may be somebody else's now.
         if !matches!(self.state, State::Stopped | State::Standby | State::Template)

@@ -93,6 +93,14 @@ async fn a_request_that_is_not_as_expected_says_where_and_why() {
             "labels.a: invalid type: integer `1`, expected a string",
         ),
         (
+            with("\"disks\": [{\"path\": \"/images/root.raw\"}]"),
+            "the VMs of microvm have no disks; give none, or another hypervisor",
+        ),
+        (
+            with("\"disks\": [{\"path\": \"/images/root.raw\", \"size\": 1}]"),
+            "disks[0].size: unknown field `size`",
+        ),
+        (
             with("\"initrd\": \"/nonexistent/initrd\""),
             "initrd `/nonexistent/initrd` is not there",
         ),

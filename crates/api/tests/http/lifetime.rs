@@ -27,7 +27,7 @@ async fn it_says_on_what_it_runs_instances_and_what_that_can_do() {
     let world = World::new().await;
     let microvm = json!({
         "name": "microvm", "memory_modes": ["copy", "cow", "uffd"], "max_vcpus": 16, "firmware": false,
-        "console_input": true, "tells_identity": true, "agent": false, "outlives_guest": true,
+        "console_input": true, "tells_identity": true, "max_disk_layers": 0, "agent": false, "outlives_guest": true,
     });
     assert_eq!(
         world.get("/hypervisors").await.body,

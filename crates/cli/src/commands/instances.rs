@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use stencil_api::client::Client;
 use stencil_api::reply::{InstanceList, Waited};
-use stencil_api::request::{CreateInstance, ListInstances, WaitFor};
+use stencil_api::request::{AddDisk, CreateInstance, ListInstances, WaitFor};
 use stencil_api::timeout::Timeout;
 use stencil_core::{Readiness, State};
 
@@ -22,6 +22,14 @@ pub(super) async fn create(asked: Create, client: &Client, reader: Reader) -> Re
         firmware: asked.firmware.map(place::absolute).transpose()?,
         initrd: asked.initrd.map(place::absolute).transpose()?,
         cmdline: asked.cmdline,
+        disks: asked
+            .disks
+            .into_iter()
+            .map(|disk| {
+                let path = place::absolute(disk.path)?;
+                Ok(AddDisk { path, ..disk })
+            })
+            .collect::<Result<_, Failure>>()?,
         vcpus: asked.vcpus,
         memory: asked.memory,
         readiness: match asked.ready_text {

@@ -128,6 +128,10 @@ fn a_refusal_exits_with_1_and_says_what_would_be_right() {
             "choose another one [name_conflict]",
         ),
         (
+            &["create", "--kernel", "guest.elf", "--disk", "root.raw,ro"],
+            "error: the VMs of microvm have no disks; give none, or another hypervisor [invalid_request]",
+        ),
+        (
             &["create", "--kernel", "nothing.elf"],
             "nothing.elf` is not there; it takes a file that the server can read",
         ),

@@ -89,6 +89,7 @@ impl Hypervisor for Hosted {
             firmware: false,
             console_input: false,
             tells_identity: false,
+            max_disk_layers: 0,
             agent: true,
             outlives_guest: false,
         }
@@ -213,6 +214,7 @@ impl Guests {
                 firmware: None,
                 initrd: None,
                 cmdline: None,
+                disks: Vec::new(),
                 vcpus: 1,
                 memory_bytes: 16 << 20,
                 readiness: Readiness::Agent,

@@ -43,6 +43,9 @@ pub struct ForkPlan {
     pub memory_mode: MemoryMode,
     /// The template that it relies on.
     pub fork_of_template: Option<InstanceId>,
+    /// Its disks begin with what the source's hold; if not, as their bases. The disks of a source that runs, and that is not
+    /// interrupted for the fork, are being written.
+    pub keeps_disks: bool,
 }
 
 /// Decides how to fork `source`, which is in `state`.
@@ -54,7 +57,8 @@ pub struct ForkPlan {
 /// | Standby | Running | Running, Paused, Standby | Stopped |
 /// | Template | Running | Running, Paused, Standby | Stopped |
 ///
-/// Made of the configuration, it boots on its own, and a running source is not interrupted for it.
+/// Made of the configuration, it boots on its own, and a running source is not interrupted for it. Its disks hold what those of a
+/// source at rest hold, and of a running one nothing but their bases.
 ///
 /// # Errors
 /// [`Refusal::InvalidState`] where the source cannot be forked, or not in that way; [`Refusal::InvalidTarget`] where
@@ -90,6 +94,7 @@ pub fn fork(
         target,
         memory_mode: request.memory_mode.unwrap_or(default_mode),
         fork_of_template: (state == State::Template).then_some(source.id),
+        keeps_disks: state != State::Running || target != State::Stopped,
     })
 }
 
@@ -111,6 +116,7 @@ pub fn fork_metadata(
         firmware: source.spec.firmware.clone(),
         initrd: source.spec.initrd.clone(),
         cmdline: source.spec.cmdline.clone(),
+        disks: source.spec.disks.clone(),
         vcpus: source.spec.vcpus,
         memory_bytes: source.spec.memory_bytes,
         readiness: source.spec.readiness.clone(),

@@ -41,8 +41,23 @@ fn a_fork_of_a_stopped_instance_takes_its_configuration() {
             target,
             memory_mode: MemoryMode::Cow,
             fork_of_template: None,
+            keeps_disks: true,
         };
         assert_eq!(plan(asked), expected);
+    }
+}
+
+#[test]
+fn only_the_disks_of_a_source_that_goes_on_running_meanwhile_are_not_a_fork_s() {
+    for target in [State::Running, State::Paused, State::Standby, State::Stopped] {
+        let running = plan(State::Running, &from_running(Some(target))).unwrap();
+        assert_eq!(running.keeps_disks, target != State::Stopped, "{target}");
+        for source in [State::Standby, State::Template] {
+            assert!(
+                plan(source, &request(Some(target))).unwrap().keeps_disks,
+                "{target}"
+            );
+        }
     }
 }
 
@@ -239,6 +254,7 @@ fn a_fork_has_the_fields_of_the_allow_list_and_no_other() {
         "firmware",
         "initrd",
         "cmdline",
+        "disks",
         "vcpus",
         "memory_bytes",
         "readiness",

@@ -6,8 +6,9 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use stencil_core::{
-    Durability, Epoch, EpochKind, HostCpu, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
-    ProcessIdentity, Readiness, SnapshotDir, SnapshotManifest, Store, VmGeneration, VmSpec, VmmRecord,
+    DiskFormat, DiskSpec, Durability, Epoch, EpochKind, HostCpu, HypervisorName, InstanceDir, InstanceId,
+    MemoryMode, Metadata, ProcessIdentity, Readiness, SnapshotDir, SnapshotManifest, Store, VmGeneration,
+    VmSpec, VmmRecord,
 };
 use tempfile::TempDir;
 
@@ -49,6 +50,11 @@ pub(crate) fn full() -> Metadata {
             firmware: Some("/boot/firmware".into()),
             initrd: Some("/boot/initrd".into()),
             cmdline: "console=ttyS0".to_owned(),
+            disks: vec![DiskSpec {
+                path: "/images/debian.qcow2".into(),
+                format: DiskFormat::Qcow2,
+                read_only: true,
+            }],
             vcpus: 2,
             memory_bytes: 512 << 20,
             readiness: Readiness::Console("ready epoch=".to_owned()),

@@ -136,6 +136,7 @@ impl Hypervisor for Scripted {
             firmware: true,
             console_input: false,
             tells_identity: !self.tells_nothing.load(Ordering::SeqCst),
+            max_disk_layers: 4,
             agent: self.guests.lock().unwrap().is_some(),
             outlives_guest: true,
         }
@@ -344,6 +345,7 @@ impl House {
             image: None,
             initrd: None,
             cmdline: None,
+            disks: Vec::new(),
             vcpus: 1,
             memory_bytes: 16 << 20,
             readiness: Readiness::None,

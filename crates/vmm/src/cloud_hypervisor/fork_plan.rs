@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use serde_json::Value;
 use stencil_vmm_api::SerialMode;
@@ -60,8 +61,6 @@ pub(super) struct ForkPlan<'a> {
     pub(super) memory_bytes: u64,
     /// The Unix socket of its vsock device. The guest keeps its cid.
     pub(super) vsock_socket: &'a str,
-    /// Its own copies of disks that it can write to, by the disk's id.
-    pub(super) disks: BTreeMap<&'a str, &'a str>,
     /// Its own tap interfaces, by the network device's id.
     pub(super) taps: BTreeMap<&'a str, &'a str>,
 }
@@ -156,11 +155,7 @@ impl ForkPlan<'_> {
         if let Some(vsock) = &mut config.vsock {
             self.vsock_socket.clone_into(&mut vsock.socket);
         }
-        config
-            .disks
-            .iter_mut()
-            .flatten()
-            .try_for_each(|disk| self.redirect_disk(disk))?;
+        config.disks.iter().flatten().try_for_each(Self::check_disk)?;
         config
             .net
             .iter_mut()
@@ -169,15 +164,20 @@ impl ForkPlan<'_> {
         config.pmem.iter().flatten().try_for_each(check_pmem)
     }
 
-    fn redirect_disk(&self, disk: &mut Disk) -> Result<(), SnapshotError> {
+    fn check_disk(disk: &Disk) -> Result<(), SnapshotError> {
         let refused = |why| Err(refused("disks", disk.id.as_deref(), why));
         if disk.vhost_user {
             return refused("its vhost-user daemon keeps state of the VM outside of the snapshot; remove it");
         }
-        match disk.id.as_deref().and_then(|id| self.disks.get(id)) {
-            Some(copy) => disk.path = Some((*copy).to_owned()),
-            None if disk.readonly => {}
-            None => return refused("it can be written to, and there is no copy of it; make it read-only"),
+        // A relative path is in the VMM's working directory, so that each VM has its own file under it.
+        let is_own = disk
+            .path
+            .as_deref()
+            .is_some_and(|path| Path::new(path).is_relative());
+        if !disk.readonly && !is_own {
+            return refused(
+                "it can be written to, and its file would be another VM's too; make it read-only",
+            );
         }
         Ok(())
     }

@@ -37,7 +37,6 @@ impl RestoreDir {
             },
             memory_bytes,
             vsock_socket: InstanceDir::VSOCK_SOCKET,
-            disks: [].into(),
             taps: [].into(),
         };
         let config = read(&snapshot.config())?;

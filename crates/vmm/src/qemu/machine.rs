@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use stencil_core::{InstanceDir, VmGeneration, VmSpec};
+use stencil_core::{DiskFormat, DiskSpec, InstanceDir, VmGeneration, VmSpec};
 
 use super::Accelerator;
 
@@ -22,6 +22,8 @@ pub(super) struct Machine {
     pub(super) accelerator: Accelerator,
     pub(super) vcpus: u32,
     pub(super) memory_bytes: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) disks: Vec<DiskSpec>,
 }
 
 /// What a machine begins with.
@@ -45,6 +47,7 @@ impl Machine {
             accelerator,
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
+            disks: spec.disks.clone(),
         }
     }
 
@@ -108,7 +111,6 @@ impl Machine {
         }
     }
 
-    #[expect(clippy::unused_self, reason = "a machine with disks has more of them")]
     fn devices(&self, arguments: &mut Arguments, generation: &VmGeneration) {
         let agent = InstanceDir::AGENT_SOCKET;
         arguments
@@ -128,7 +130,25 @@ impl Machine {
                 "-device",
                 format!("vmgenid,id=generation,guid={}", guid(generation)),
             );
+        for (number, disk) in self.disks.iter().enumerate() {
+            arguments
+                .option("-drive", drive(number, disk))
+                .option("-device", format!("virtio-blk-pci,drive=disk{number}"));
+        }
     }
+}
+
+/// The image of a disk: of one that the guest writes the instance's own layer, by its name in the instance's directory. The format
+/// is never guessed, for a guest could write what makes it another one; a layer says that of the one below it.
+fn drive(number: usize, disk: &DiskSpec) -> OsString {
+    let (image, format, how) = if disk.read_only {
+        (escaped(disk.path.as_os_str()), disk.format, ",readonly=on")
+    } else {
+        (InstanceDir::disk_name(number).into(), DiskFormat::Qcow2, "")
+    };
+    let mut drive: OsString = format!("if=none,id=disk{number},format={format}{how},file=").into();
+    drive.push(image);
+    drive
 }
 
 /// A generation as a GUID: its digits in groups.
@@ -182,6 +202,7 @@ mod tests {
             accelerator: Accelerator::Tcg,
             vcpus: 2,
             memory_bytes: 64 << 20,
+            disks: Vec::new(),
         }
     }
 
@@ -202,6 +223,23 @@ mod tests {
         spec.initrd = Some("/boot/initrd.img".into());
         spec.cmdline = "console=ttyS0 quiet".to_owned();
         insta::assert_snapshot!(shown(Begin::Boot(&spec)));
+    }
+
+    #[test]
+    fn a_disk_that_the_guest_writes_is_the_instance_s_own_and_no_format_is_guessed() {
+        let disk = |path: &str, read_only| DiskSpec {
+            path: path.into(),
+            format: DiskFormat::Raw,
+            read_only,
+        };
+        assert_eq!(
+            drive(0, &disk("/images/a.raw", false)),
+            "if=none,id=disk0,format=qcow2,file=disk0.qcow2"
+        );
+        assert_eq!(
+            drive(1, &disk("/images/a,b.raw", true)),
+            "if=none,id=disk1,format=raw,readonly=on,file=/images/a,,b.raw"
+        );
     }
 
     #[test]
@@ -243,7 +281,7 @@ mod tests {
             serde_json::from_value::<Machine>(kept.clone()).unwrap(),
             machine()
         );
-        kept["disks"] = serde_json::json!(["a"]);
+        kept["floppies"] = serde_json::json!(["a"]);
         serde_json::from_value::<Machine>(kept).unwrap_err();
     }
 }

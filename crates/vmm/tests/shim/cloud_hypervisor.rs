@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
 use insta::assert_snapshot;
-use stencil_core::{InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
+use stencil_core::{
+    DiskFormat, DiskSpec, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec,
+};
 use stencil_vmm::{
     CloudHypervisor, HotPages, Hypervisor, KillGuard, PagerCommand, Restore, Restored, VmmError,
 };
@@ -167,6 +169,32 @@ async fn a_vm_lives_from_create_to_shutdown() {
     assert_eq!(exit.to_string(), "exit code 0", "it ended because it was asked");
     assert!(!dir.vmm_socket().exists());
     assert_eq!(printed(&dir), "booted\nresumed 1 in new memory\n");
+    assert_snapshot!(world.requests(&dir));
+}
+
+#[tokio::test]
+async fn disks_that_the_guest_writes_are_the_instance_s_own_and_no_format_is_guessed() {
+    let world = World::new();
+    let dir = world.instance("vm");
+    let _process = world.spawn(&dir).await;
+    let disk = |path: &str, format, read_only| DiskSpec {
+        path: path.into(),
+        format,
+        read_only,
+    };
+    let spec = VmSpec {
+        disks: vec![
+            disk("/images/root.raw", DiskFormat::Raw, false),
+            disk("/images/tools.raw", DiskFormat::Raw, true),
+            disk("/images/data.qcow2", DiskFormat::Qcow2, true),
+        ],
+        ..spec()
+    };
+    world
+        .vmm
+        .create(&dir, &spec, &VmGeneration::random())
+        .await
+        .unwrap();
     assert_snapshot!(world.requests(&dir));
 }
 

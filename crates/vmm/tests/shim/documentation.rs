@@ -40,6 +40,13 @@ fn the_documentation_has_the_capabilities_of_the_code() {
         row("a fork's guest is told who it is", &|backend| {
             yes_or_no(backend.capabilities().tells_identity)
         }),
+        row(
+            "disks, and how many files each may consist of",
+            &|backend| match backend.capabilities().max_disk_layers {
+                0 => "no".to_owned(),
+                layers => layers.to_string(),
+            },
+        ),
         row("reaches an agent in the guest", &|backend| {
             yes_or_no(backend.capabilities().agent)
         }),

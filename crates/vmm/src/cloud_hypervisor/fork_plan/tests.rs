@@ -20,7 +20,6 @@ fn plan(memory: Memory<'static>) -> ForkPlan<'static> {
         memory,
         memory_bytes: 4 * GIB,
         vsock_socket: "vsock.sock",
-        disks: [("_disk0", "root.img")].into(),
         taps: [("_net0", "tap-fork")].into(),
     }
 }
