@@ -187,7 +187,7 @@ fn forks_beside(options: &fork::Options, located: &Located, binary: &Path) -> Re
 
 /// What every benchmark begins with.
 fn prepare() -> Result<Host, TaskError> {
-    let host = setup::prepare()?;
+    let host = setup::prepare_with_kvm()?;
     println!(
         "on {}, {} cores, {}, Linux {}, KVM: {}",
         host.cpu,

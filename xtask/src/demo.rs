@@ -1,6 +1,8 @@
-//! The demo: a VM is warmed up once, becomes a template, and is forked many times at once.
+//! The demo: a VM is warmed up once, becomes a template, and is forked many times at once. In the first act that is the test
+//! guest on the microVM, which takes KVM; in the second it is Linux on QEMU, on any host.
 
 mod forks;
+mod linux;
 mod proof;
 
 use std::path::PathBuf;
@@ -10,10 +12,11 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError, Reply};
 use crate::guest_console::{self, GuestError};
-use crate::host::Host;
+use crate::host;
 use crate::report::{self, step};
 use crate::server::{Server, ServerError};
-use crate::{TaskError, build, setup};
+use crate::setup::{self, SetupError};
+use crate::{TaskError, build};
 
 /// The instance that becomes the template.
 const WARM: &str = "warm";
@@ -50,8 +53,10 @@ pub(crate) enum DemoError {
         status: u16,
         message: String,
     },
-    #[error("{WARM} was not ready in {} s", READY_LIMIT.as_secs())]
-    NotReady,
+    #[error("{WARM} was not ready in {} s", .0.as_secs())]
+    NotReady(Duration),
+    #[error("`{script}` ended in the guest with {result}")]
+    Command { script: String, result: String },
     #[error("forks were not armed in time; is this host short of memory?")]
     NotArmed,
     #[error("could not watch the data directory")]
@@ -61,11 +66,38 @@ pub(crate) enum DemoError {
 /// How long the guest may take from its boot until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// Something that must hold, and whether it does.
-#[derive(Clone, Debug)]
-struct Check {
-    name: &'static str,
-    ok: bool,
+/// What must hold, and whether it does.
+#[derive(Debug, Default)]
+struct Checks(Vec<(&'static str, bool)>);
+
+impl Checks {
+    /// Takes a check down, and tells it.
+    fn add(&mut self, name: &'static str, ok: bool) {
+        println!("{} {name}", report::mark(ok));
+        self.0.push((name, ok));
+    }
+
+    /// Ends the server, whose instances have been deleted: nothing of them is left, and then nothing of it.
+    fn finish(&mut self, server: Server) {
+        let left = server.left_behind();
+        for what in &left {
+            println!("  left: {what}");
+        }
+        self.add(
+            "no process and no directory of an instance is left",
+            left.is_empty(),
+        );
+        let ended = server.finish();
+        if let Err(error) = &ended {
+            println!("  {}", report::chain(error));
+        }
+        self.add("the server ends and leaves nothing", ended.is_ok());
+    }
+
+    fn json(&self) -> Value {
+        let checks = self.0.iter().map(|(name, ok)| json!({"name": name, "ok": ok}));
+        checks.collect()
+    }
 }
 
 /// What is known of the template.
@@ -87,29 +119,59 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
         host.kernel
     );
     println!("KVM: {}\n", host.kvm);
+    let (kvm, linux) = (host::try_kvm(), setup::prepare_linux());
+    let kvm = match (kvm, &linux) {
+        (Err(no_kvm), Err(no_linux)) => {
+            println!("no Linux guests: {}", report::chain(no_linux));
+            return Err(SetupError::from(no_kvm).into());
+        }
+        (kvm, _) => kvm,
+    };
+    let mut acts = json!({"host": host.json()});
+    let mut checks = Vec::new();
     let built = step("built in release, with the test guest", build::build)?;
-    let facts = show(options, &built)?;
-    let ok = facts.checks.iter().all(|check| check.ok);
+
+    println!("\nFirst act: a small test guest on the microVM");
+    if let Err(error) = kvm {
+        println!("SKIPPED: {}", report::chain(&error));
+        acts["first_act_skipped"] = json!(report::chain(&error));
+    } else {
+        let facts = show(options, &built)?;
+        acts["template"] = facts.template.json();
+        acts["forks"] = facts.batch.json().into();
+        acts["checks"] = facts.checks.json();
+        checks.extend(facts.checks.0);
+    }
+
+    println!("\nSecond act: Linux on QEMU");
+    if let Err(error) = linux {
+        println!("SKIPPED: {}", report::chain(&error));
+        acts["second_act_skipped"] = json!(report::chain(&error));
+    } else {
+        let image = step("packed a Linux with the agent", crate::linux::image)?;
+        let facts = linux::show(&built.stencil, &image)?;
+        acts["linux"] = facts.json();
+        checks.extend(facts.checks.0);
+    }
     if let Some(path) = &options.json {
-        let json = format!("{:#}\n", facts.json(&host));
-        std::fs::write(path, json).map_err(|source| TaskError::Write {
+        std::fs::write(path, format!("{acts:#}\n")).map_err(|source| TaskError::Write {
             path: path.clone(),
             source,
         })?;
     }
-    let failed = facts.checks.iter().filter(|check| !check.ok).count();
+    let failed = checks.iter().filter(|(_, ok)| !ok).count();
     match failed {
-        0 => println!("\nall {} checks hold", facts.checks.len()),
-        failed => println!("\n{failed} of {} checks do not hold", facts.checks.len()),
+        0 => println!("\nall {} checks hold", checks.len()),
+        failed => println!("\n{failed} of {} checks do not hold", checks.len()),
     }
-    Ok(ok)
+    Ok(failed == 0)
 }
 
-/// All that the demo found out.
+/// All that the first act found out.
 struct Facts {
     template: Template,
     batch: forks::Batch,
-    checks: Vec<Check>,
+    checks: Checks,
 }
 
 fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
@@ -127,52 +189,36 @@ fn show(options: &Options, built: &build::Built) -> Result<Facts, DemoError> {
     batch.forks.extend(armed.forks);
     batch.print();
 
-    let mut checks = Vec::new();
-    let mut check = |name, ok| {
-        println!("{} {name}", report::mark(ok));
-        checks.push(Check { name, ok });
-    };
-    check(
+    let mut checks = Checks::default();
+    checks.add(
         "as many forks run as were asked for",
         batch.forks.len() == 2 * options.forks as usize,
     );
-    check(
+    checks.add(
         "every fork goes on from the template's counter",
         batch
             .forks
             .iter()
             .all(|fork| fork.counter == template.counter + 1),
     );
-    check(
+    checks.add(
         "the generations of the template and its forks all differ",
         proof::generations_differ(&client, &template, &batch)?,
     );
-    check(
+    checks.add(
         "every fork has the template's memory",
         proof::have_memory_of(&client, &template, &batch)?,
     );
-    check(
+    checks.add(
         "no fork sees what another one writes",
         proof::are_isolated(&client, &batch)?,
     );
-    check(
+    checks.add(
         "deleting the template is refused with 409, its forks named",
         proof::delete_is_refused(&client, &batch)?,
     );
     clean_up(&client, &batch)?;
-    let left = server.left_behind();
-    for what in &left {
-        println!("  left: {what}");
-    }
-    check(
-        "no process and no directory of an instance is left",
-        left.is_empty(),
-    );
-    let ended = server.finish();
-    if let Err(error) = &ended {
-        println!("  {}", report::chain(error));
-    }
-    check("the server ends and leaves nothing", ended.is_ok());
+    checks.finish(server);
     Ok(Facts {
         template,
         batch,
@@ -191,16 +237,7 @@ fn make_template(client: &Client, options: &Options, built: &build::Built) -> Re
                 "name": WARM, "kernel": built.guest, "memory": options.memory, "readiness": {"console": "ready epoch="},
             });
             expect(201, client.post("/instances", create)?)?;
-            let wait = format!(
-                "/instances/{WARM}/wait?state=Running&timeout={}s",
-                READY_LIMIT.as_secs()
-            );
-            let waited = expect(200, client.get(&wait)?)?;
-            if waited["reached"] == true {
-                Ok(())
-            } else {
-                Err(DemoError::NotReady)
-            }
+            wait_until_running(client, READY_LIMIT)
         },
     )?;
     let hash = step(
@@ -237,6 +274,20 @@ fn clean_up(client: &Client, batch: &forks::Batch) -> Result<(), DemoError> {
     Ok(())
 }
 
+/// Waits until the guest that becomes the template is ready.
+fn wait_until_running(client: &Client, limit: Duration) -> Result<(), DemoError> {
+    let path = format!(
+        "/instances/{WARM}/wait?state=Running&timeout={}s",
+        limit.as_secs()
+    );
+    let waited = expect(200, client.get(&path)?)?;
+    if waited["reached"] == true {
+        Ok(())
+    } else {
+        Err(DemoError::NotReady(limit))
+    }
+}
+
 fn act(client: &Client, operation: &str) -> Result<Value, DemoError> {
     expect(
         200,
@@ -258,16 +309,11 @@ fn expect(status: u16, reply: Reply) -> Result<Value, DemoError> {
     })
 }
 
-impl Facts {
-    fn json(&self, host: &Host) -> Value {
-        let checks: Vec<Value> = self
-            .checks
-            .iter()
-            .map(|check| json!({"name": check.name, "ok": check.ok}))
-            .collect();
-        let mut template = self.template.instance.clone();
-        template["counter"] = json!(self.template.counter);
-        template["memory_hash"] = json!(self.template.hash);
-        json!({"host": host.json(), "template": template, "forks": self.batch.json(), "checks": checks})
+impl Template {
+    fn json(&self) -> Value {
+        let mut template = self.instance.clone();
+        template["counter"] = json!(self.counter);
+        template["memory_hash"] = json!(self.hash);
+        template
     }
 }

@@ -9,6 +9,8 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use serde_json::{Value, json};
 
 const KVM: &str = "/dev/kvm";
+/// What is said of a host that has none that makes VMs.
+const NO_KVM: &str = "none";
 /// The group of KVM's ioctls, `KVMIO` (Linux, include/uapi/linux/kvm.h).
 const KVMIO: u8 = 0xae;
 const KVM_GET_API_VERSION: u8 = 0x00;
@@ -16,11 +18,11 @@ const KVM_CREATE_VM: u8 = 0x01;
 /// The only version of the API there has been since Linux 2.6.22; a program must refuse any other.
 const API_VERSION: i32 = 12;
 
-/// Why no VM can run on this host, and what would help.
+/// Why KVM runs no VM on this host, and what would help.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HostError {
     #[error(
-        "this host has no {KVM}: its kernel has no KVM, or it is a VM or container that was not given it; Stencil needs a Linux host with KVM (on a cloud VM, one with nested virtualisation)"
+        "this host has no {KVM}: its kernel has no KVM, or it is a VM or container that was not given it; all but QEMU need a host with KVM (on a cloud VM, one with nested virtualisation)"
     )]
     NoKvm,
     #[error(
@@ -48,18 +50,13 @@ pub(crate) struct Host {
     pub(crate) cores: usize,
     pub(crate) memory_bytes: u64,
     pub(crate) kernel: String,
+    /// Which kind it is; `none` where it makes no VMs.
     pub(crate) kvm: &'static str,
 }
 
 impl Host {
     /// Tries KVM by making a VM, and gathers the facts.
-    pub(crate) fn check() -> Result<Self, HostError> {
-        try_kvm()?;
-        Ok(Self::look())
-    }
-
-    /// The facts, whether or not a VM can run.
-    fn look() -> Self {
+    pub(crate) fn look() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let field = |name: &str| {
             let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
@@ -71,7 +68,11 @@ impl Host {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_bytes: memory_bytes(),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            kvm: kvm_kind(nested),
+            kvm: if try_kvm().is_ok() {
+                kvm_kind(nested)
+            } else {
+                NO_KVM
+            },
         }
     }
 
@@ -113,7 +114,8 @@ fn kvm_kind(nested: bool) -> &'static str {
     }
 }
 
-fn try_kvm() -> Result<(), HostError> {
+/// Tries KVM by making a VM, which is gone again when this returns.
+pub(crate) fn try_kvm() -> Result<(), HostError> {
     let kvm = OpenOptions::new()
         .read(true)
         .write(true)

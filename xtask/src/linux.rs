@@ -3,6 +3,7 @@
 
 mod initrd;
 mod modules;
+pub(crate) mod shell;
 
 use std::fs;
 use std::io;

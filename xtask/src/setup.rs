@@ -7,8 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::command::{self, CommandError, Output};
-use crate::host::{Host, HostError};
-use crate::{linux, report};
+use crate::host::{self, Host, HostError};
+use crate::linux::{self, LinuxError};
+use crate::report;
 
 /// A slow mirror of packages.
 const APT_LIMIT: Duration = Duration::from_secs(10 * 60);
@@ -25,6 +26,15 @@ pub(crate) enum SetupError {
     Missing { missing: String, line: String },
     #[error("apt-get could not install {packages}:\n{output}")]
     Apt { packages: String, output: String },
+}
+
+/// Linux guests cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NoLinux {
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    #[error(transparent)]
+    Guest(#[from] LinuxError),
 }
 
 /// Something that the build needs, and where it comes from on Debian.
@@ -55,6 +65,13 @@ const NEEDS: [Need; 3] = [
         is_there: has_libclang,
     },
 ];
+
+/// What runs Linux guests on any host.
+const QEMU: Need = Need {
+    what: "QEMU (qemu-system-x86_64)",
+    package: "qemu-system-x86",
+    is_there: || runs("qemu-system-x86_64", &["--version"]),
+};
 
 /// Whether libclang is where the build looks for it: where `LIBCLANG_PATH` says, or where distributions put it.
 fn has_libclang() -> bool {
@@ -94,10 +111,22 @@ pub(crate) fn run() -> Result<(), SetupError> {
     );
     println!("{} Linux {}, KVM: {}", report::mark(true), host.kernel, host.kvm);
     println!("{} the build has what it needs", report::mark(true));
-    match linux::fetch() {
-        Ok(_) => println!("{} the Linux guest has what it needs", report::mark(true)),
-        // Without it the rest works.
-        Err(error) => println!("{} {}", report::mark(false), report::chain(&error)),
+    // Without one of the two the other works.
+    let kvm = host::try_kvm();
+    if let Err(error) = &kvm {
+        println!("{} {}", report::mark(false), report::chain(error));
+    }
+    match prepare_linux() {
+        Ok(()) => println!("{} Linux guests have what they need", report::mark(true)),
+        Err(error) => {
+            println!(
+                "{} no Linux guests: {}",
+                report::mark(false),
+                report::chain(&error)
+            );
+            // No VM runs at all, of which KVM is the first cause.
+            kvm?;
+        }
     }
     let missing: Vec<&str> = COMPONENTS
         .into_iter()
@@ -115,14 +144,31 @@ pub(crate) fn run() -> Result<(), SetupError> {
     })
 }
 
-/// Checks that VMs can run and that the build has what it needs; as root, installs what it lacks.
+/// Checks that the build has what it needs; as root, installs what it lacks.
 pub(crate) fn prepare() -> Result<Host, SetupError> {
-    let host = Host::check()?;
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !(need.is_there)()).collect();
-    if !missing.is_empty() {
-        install(&missing)?;
+    get(&NEEDS)?;
+    Ok(Host::look())
+}
+
+/// The same, on a host on which KVM runs VMs.
+pub(crate) fn prepare_with_kvm() -> Result<Host, SetupError> {
+    host::try_kvm()?;
+    prepare()
+}
+
+/// Checks that Linux guests have what they need: QEMU and Debian's packages; as root, installs QEMU if it is not there.
+pub(crate) fn prepare_linux() -> Result<(), NoLinux> {
+    get(&[QEMU])?;
+    linux::fetch()?;
+    Ok(())
+}
+
+fn get(needs: &[Need]) -> Result<(), SetupError> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !(need.is_there)()).collect();
+    if missing.is_empty() {
+        return Ok(());
     }
-    Ok(host)
+    install(&missing)
 }
 
 fn install(missing: &[&Need]) -> Result<(), SetupError> {

@@ -14,7 +14,7 @@ use crate::server::Server;
 use crate::{guest_console, report};
 
 /// A rule above, below and under the header.
-const RULED: TableStyle = TableStyle::new()
+pub(super) const RULED: TableStyle = TableStyle::new()
     .top_border(LineStyle::none().fill('─').junction('─'))
     .header_separator(LineStyle::none().fill('─').junction('─'))
     .bottom_border(LineStyle::none().fill('─').junction('─'));
