@@ -88,8 +88,10 @@ fn steps() -> Result<Vec<Step>, TaskError> {
     };
     let mut docs = cargo("doc --workspace --no-deps --locked");
     docs.env("RUSTDOCFLAGS", "-D warnings");
-    let mut e2e = Command::new(xtask);
+    let mut e2e = Command::new(&xtask);
     e2e.arg("e2e");
+    let mut e2e_linux = Command::new(&xtask);
+    e2e_linux.args(["e2e", "--hypervisor", "qemu"]);
     let has_nextest = command::run(&mut cargo("nextest --version"), SHORT, Output::Kept)
         .is_ok_and(|finished| finished.succeeded());
     let (tests, counted) = if has_nextest {
@@ -143,6 +145,12 @@ fn steps() -> Result<Vec<Step>, TaskError> {
         Step {
             name: "end-to-end scenarios",
             command: e2e,
+            limit: LONG,
+            counted: Counted::ByLastLine,
+        },
+        Step {
+            name: "the same with a Linux guest",
+            command: e2e_linux,
             limit: LONG,
             counted: Counted::ByLastLine,
         },

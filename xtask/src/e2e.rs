@@ -11,6 +11,7 @@ mod fleet;
 mod forks;
 mod hot_pages;
 mod lifecycle;
+mod linux;
 mod memory;
 mod pressure;
 mod races;
@@ -73,7 +74,16 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
             return Ok(true);
         }
     };
-    let host = setup::prepare()?;
+    let on_linux = options.hypervisor.is_qemu();
+    if on_linux && let Err(no_linux) = setup::prepare_linux() {
+        println!("SKIPPED, all of it: {}", report::chain(&no_linux));
+        return Ok(true);
+    }
+    let host = if on_linux {
+        setup::prepare()
+    } else {
+        setup::prepare_with_kvm()
+    }?;
     println!(
         "on {}, {} cores, Linux {}, KVM: {}",
         host.cpu, host.cores, host.kernel, host.kvm
@@ -84,11 +94,15 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
         println!("SKIPPED, all that needs standby, templates or forks: {why}");
     }
     let filter = options.filter.as_deref().unwrap_or_default().to_lowercase();
-    let results: Vec<Tried> = scenarios(&hypervisor)
-        .into_iter()
-        .filter(|planned| planned.name.to_lowercase().contains(&filter))
-        .map(|planned| try_one(planned, &built, &hypervisor))
-        .collect();
+    let results: Vec<Tried> = if on_linux {
+        linux::run(&built, &hypervisor, &crate::linux::image()?, &filter)
+    } else {
+        scenarios(&hypervisor)
+            .into_iter()
+            .filter(|planned| planned.name.to_lowercase().contains(&filter))
+            .map(|planned| try_one(planned, &built, &hypervisor))
+            .collect()
+    };
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", json(&host, &results));
         std::fs::write(path, json).map_err(|source| TaskError::Write {
@@ -151,27 +165,45 @@ fn scenarios(hypervisor: &Hypervisor) -> Vec<Planned> {
 fn try_one(Planned { name, act, way }: Planned, built: &build::Built, hypervisor: &Arc<Hypervisor>) -> Tried {
     let began = Instant::now();
     let outcome = match World::new(built, hypervisor, way) {
-        Err(failure) => Outcome::Failed(report::chain(&failure)),
+        Err(failure) => Outcome::failed(&failure),
         Ok(mut world) => match act(&mut world).and_then(|()| world.clear()) {
-            Ok(()) => match world.finish() {
-                Ok(()) => Outcome::Passed,
-                Err(failure) => Outcome::Failed(report::chain(&failure)),
-            },
+            Ok(()) => Outcome::of(world.finish()),
             Err(Failure::Skipped(reason)) => Outcome::Skipped(reason),
-            Err(failure) => Outcome::Failed(format!("{}\n{}", report::chain(&failure), world.last_words())),
+            Err(failure) => Outcome::failed_with(&failure, &world.last_words()),
         },
     };
-    let took = began.elapsed();
-    let (sign, detail) = match &outcome {
-        Outcome::Passed => (mark(true), ""),
-        Outcome::Skipped(reason) => ("-", reason.as_str()),
-        Outcome::Failed(detail) => (mark(false), detail.as_str()),
-    };
-    println!("{sign} {name} ({})", report::duration(took));
-    for line in detail.lines() {
-        println!("      {line}");
+    Tried::told(name, outcome, began)
+}
+
+impl Outcome {
+    fn of(result: Result<(), Failure>) -> Self {
+        result.map_or_else(|failure| Self::failed(&failure), |()| Self::Passed)
     }
-    Tried { name, outcome, took }
+
+    fn failed(failure: &Failure) -> Self {
+        Self::Failed(report::chain(failure))
+    }
+
+    fn failed_with(failure: &Failure, last_words: &str) -> Self {
+        Self::Failed(format!("{}\n{last_words}", report::chain(failure)))
+    }
+}
+
+impl Tried {
+    /// What became of a scenario that began then, and tells it.
+    fn told(name: String, outcome: Outcome, began: Instant) -> Self {
+        let took = began.elapsed();
+        let (sign, detail) = match &outcome {
+            Outcome::Passed => (mark(true), ""),
+            Outcome::Skipped(reason) => ("-", reason.as_str()),
+            Outcome::Failed(detail) => (mark(false), detail.as_str()),
+        };
+        println!("{sign} {name} ({})", report::duration(took));
+        for line in detail.lines() {
+            println!("      {line}");
+        }
+        Self { name, outcome, took }
+    }
 }
 
 fn json(host: &Host, results: &[Tried]) -> Value {

@@ -17,13 +17,14 @@ use crate::server::{Server, ServerError};
 use crate::vmm::{Vmm, VmmError};
 
 const CLOUD_HYPERVISOR: &str = "cloud-hypervisor";
+const QEMU: &str = "qemu";
 /// Memory of the guest by which it is tried whether snapshots can be written, in bytes.
 const TRIED_MEMORY: u64 = 64 << 20;
 
 /// Which hypervisor is driven.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Choice {
-    /// Which hypervisor the instances ask for: microvm or cloud-hypervisor.
+    /// Which hypervisor the instances ask for: microvm, cloud-hypervisor or qemu, which runs a Linux.
     #[arg(long = "hypervisor", default_value = "microvm", value_name = "NAME")]
     name: String,
     /// The cloud-hypervisor binary, where it is driven [default: in PATH].
@@ -89,7 +90,12 @@ impl Hypervisor {
 }
 
 impl Choice {
-    /// Looks for the binary; the microVM's is built.
+    /// Whether it is the one that runs a Linux guest, with KVM or without.
+    pub(crate) fn is_qemu(&self) -> bool {
+        self.name == QEMU
+    }
+
+    /// Looks for the binary; the microVM's is built, and QEMU is found by the server.
     pub(crate) fn locate(&self) -> Result<Located, NotThere> {
         let cloud_hypervisor = if self.name == CLOUD_HYPERVISOR {
             Some(self.cloud_hypervisor.clone().or_else(in_path).ok_or(NotThere)?)

@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::build::{self, BuildError};
 use crate::command::{self, CommandError, Output};
 use crate::report;
+use initrd::Init;
 
 /// A slow mirror of packages.
 const APT_LIMIT: Duration = Duration::from_secs(10 * 60);
@@ -91,13 +92,28 @@ pub(crate) fn fetch() -> Result<PathBuf, LinuxError> {
 
 /// Builds the guest: kernel and initramfs, with the agent as it is in this tree.
 pub(crate) fn image() -> Result<LinuxImage, LinuxError> {
+    packed("initrd.cpio", &Init::Agent(build::agent()?))
+}
+
+/// The same guest with another init, a script that starts the agent as it likes.
+pub(crate) fn image_with_service(script: &'static str) -> Result<LinuxImage, LinuxError> {
+    let agent = Some(build::agent()?);
+    packed("initrd-service.cpio", &Init::Script { script, agent })
+}
+
+/// The same guest with a script as its init, and without an agent.
+pub(crate) fn image_without_agent(script: &'static str) -> Result<LinuxImage, LinuxError> {
+    packed("initrd-without-agent.cpio", &Init::Script { script, agent: None })
+}
+
+/// The kernel, and an initramfs of this name with this init.
+fn packed(name: &str, init: &Init) -> Result<LinuxImage, LinuxError> {
     let debian = fetch()?;
-    let agent = build::agent()?;
     let boot = debian.join("boot");
     let kernel = find(&boot, |name| name.starts_with("vmlinuz-")).map_err(at(&boot))?;
     let modules = modules::in_order(&debian.join("lib/modules"))?;
-    let archive = initrd::archive(&agent, &debian.join("bin/busybox"), &modules)?;
-    let initrd = debian.with_file_name("initrd.cpio");
+    let archive = initrd::archive(init, &debian.join("bin/busybox"), &modules)?;
+    let initrd = debian.with_file_name(name);
     write_whole(&initrd, &archive).map_err(at(&initrd))?;
     Ok(LinuxImage { kernel, initrd })
 }

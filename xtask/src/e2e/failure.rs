@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::client::{ClientError, Reply};
+use crate::command::CommandError;
 use crate::guest_console::GuestError;
+use crate::linux::LinuxError;
 use crate::server::ServerError;
 
 /// Why a scenario did not pass.
@@ -27,6 +29,10 @@ pub(super) enum Failure {
     Server(#[from] ServerError),
     #[error(transparent)]
     Guest(#[from] GuestError),
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error(transparent)]
+    Linux(#[from] LinuxError),
     #[error(transparent)]
     System(#[from] rustix::io::Errno),
     #[error("{}", path.display())]

@@ -17,7 +17,7 @@ const WAIT_SECONDS: u32 = 60;
 
 #[derive(Clone, Debug)]
 pub(super) struct Vm {
-    client: Client,
+    pub(super) client: Client,
     dir: PathBuf,
     pub(super) id: String,
     pub(super) name: String,

@@ -29,6 +29,18 @@ const DIRECTORIES: [&str; 15] = [
     "var",
 ];
 
+/// The first process of a guest.
+#[derive(Clone, Debug)]
+pub(super) enum Init {
+    /// The agent, which is there.
+    Agent(PathBuf),
+    /// A script of busybox's shell, and the agent as a program, if it is to be there.
+    Script {
+        script: &'static str,
+        agent: Option<PathBuf>,
+    },
+}
+
 const FILES: [(&str, &str); 4] = [
     (
         "etc/passwd",
@@ -40,8 +52,8 @@ const FILES: [(&str, &str); 4] = [
     ("etc/machine-id", "uninitialized\n"),
 ];
 
-/// The archive: the agent as init, busybox under all of its names, the modules and their order.
-pub(super) fn archive(agent: &Path, busybox: &Path, modules: &[PathBuf]) -> Result<Vec<u8>, LinuxError> {
+/// The archive: what is its init, busybox under all of its names, the modules and their order.
+pub(super) fn archive(init: &Init, busybox: &Path, modules: &[PathBuf]) -> Result<Vec<u8>, LinuxError> {
     let read = |path: &Path| fs::read(path).map_err(at(path));
     let mut archive = Archive(Vec::new());
     let mut list = String::new();
@@ -51,9 +63,19 @@ pub(super) fn archive(agent: &Path, busybox: &Path, modules: &[PathBuf]) -> Resu
     for (name, text) in FILES {
         archive.add(name, ModeFileType::Regular, 0o644, text.as_bytes())?;
     }
-    archive.add("init", ModeFileType::Regular, 0o755, &read(agent)?)?;
-    // Found in PATH by its own name, too.
-    archive.add("bin/stencil-agent", ModeFileType::Symlink, 0o777, b"/init")?;
+    match init {
+        Init::Agent(agent) => {
+            archive.add("init", ModeFileType::Regular, 0o755, &read(agent)?)?;
+            // Found in PATH by its own name, too.
+            archive.add("bin/stencil-agent", ModeFileType::Symlink, 0o777, b"/init")?;
+        }
+        Init::Script { script, agent } => {
+            archive.add("init", ModeFileType::Regular, 0o755, script.as_bytes())?;
+            if let Some(agent) = agent {
+                archive.add("bin/stencil-agent", ModeFileType::Regular, 0o755, &read(agent)?)?;
+            }
+        }
+    }
     archive.add("bin/busybox", ModeFileType::Regular, 0o755, &read(busybox)?)?;
     for name in applets(busybox)? {
         archive.add(&format!("bin/{name}"), ModeFileType::Symlink, 0o777, b"busybox")?;
@@ -69,7 +91,7 @@ pub(super) fn archive(agent: &Path, busybox: &Path, modules: &[PathBuf]) -> Resu
         list += &format!("/lib/modules/{name}\n");
     }
     archive.add("lib/modules/list", ModeFileType::Regular, 0o644, list.as_bytes())?;
-    newc::trailer(archive.0).map_err(at(agent))
+    newc::trailer(archive.0).map_err(at(busybox))
 }
 
 /// The names that this busybox answers to, but its own.
@@ -119,7 +141,12 @@ mod tests {
         fs::write(path("virtio.ko"), "module").unwrap();
         fs::write(path("busybox"), "#!/bin/sh\necho busybox\necho sh\n").unwrap();
         fs::set_permissions(path("busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-        let archive = archive(&path("agent"), &path("busybox"), &[path("virtio.ko")]).unwrap();
+        let archive = archive(
+            &Init::Agent(path("agent")),
+            &path("busybox"),
+            &[path("virtio.ko")],
+        )
+        .unwrap();
 
         let mut found = BTreeMap::new();
         let mut rest = &archive[..];

@@ -1,0 +1,106 @@
+//! When the agent is killed, silent or not there, and when the server is.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Failure, Linux, Scenario, Vm, answered, same};
+use crate::linux;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    (
+        "a server that was killed finds the guest's agent again",
+        server_comes_back,
+    ),
+    (
+        "an agent that is killed or silent costs a command, and no guest",
+        agent_comes_back,
+    ),
+    ("a linux without an agent says so, and runs no command", no_agent),
+];
+
+/// How long an agent may take to be back.
+const BACK_LIMIT: Duration = Duration::from_secs(60);
+
+/// An init that starts the agent as a service, and again when it ends.
+const SERVICE: &str = "#!/bin/sh
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+for module in $(cat /lib/modules/list); do insmod $module; done
+while :; do stencil-agent; sleep 0.2; done
+";
+
+/// An init that knows of no agent.
+const WITHOUT: &str = "#!/bin/sh
+mount -t proc proc /proc
+echo no agent here
+while :; do sleep 1000; done
+";
+
+fn server_comes_back(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({}))?;
+    let uuid = fork.sh("cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname")?;
+    let count = fork.counter()?;
+    linux.world.server.kill9()?;
+    linux.world.server.start_again()?;
+    let again = fork.sh("cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname")?;
+    same("what the guest is, after the server came back", uuid, again)?;
+    fork.counts_on_from(count)?;
+    // The template is one as before.
+    linux.template.fork(json!({}))?.counts_on_from(linux.count)
+}
+
+fn agent_comes_back(linux: &mut Linux) -> Result<(), Failure> {
+    let image = linux::image_with_service(SERVICE)?;
+    let vm = linux.boot("service", &image, json!("agent"))?;
+    vm.wait_for_boot()?;
+    let exec = vm.path("/exec");
+    let run = |script: &str| {
+        let asked = json!({"cmd": ["sh", "-c", script], "timeout": "2s"});
+        linux.world.client.post(&exec, asked)
+    };
+    // It stands still for longer than the server waits for the command's end.
+    let reply = run(
+        "(sleep 10; kill -CONT $(pidof stencil-agent)) & kill -STOP $(pidof stencil-agent); echo heard by nobody",
+    )?;
+    same("a command of a silent agent", "agent_lost", reply.code())?;
+    vm.is_in("Running")?;
+    runs_commands_again(&vm)?;
+    let reply = run("kill -KILL $(pidof stencil-agent)")?;
+    same("a command whose agent was killed", "agent_lost", reply.code())?;
+    vm.is_in("Running")?;
+    runs_commands_again(&vm)
+}
+
+/// That commands can be run again some time after the agent was lost. Each try waits for the agent a while itself.
+fn runs_commands_again(vm: &Vm) -> Result<(), Failure> {
+    let deadline = Instant::now() + BACK_LIMIT;
+    loop {
+        let reply = vm
+            .client
+            .post(&vm.path("/exec"), json!({"cmd": ["echo", "back"]}))?;
+        if reply.status == 200 || Instant::now() > deadline {
+            return same(
+                "what it wrote",
+                json!("back\n"),
+                answered(200, reply)?["stdout"].clone(),
+            );
+        }
+    }
+}
+
+fn no_agent(linux: &mut Linux) -> Result<(), Failure> {
+    let image = linux::image_without_agent(WITHOUT)?;
+    let vm = linux.boot("without", &image, json!({"console": "no agent here"}))?;
+    vm.wait_for_boot()?;
+    same(
+        "its agent",
+        json!("absent"),
+        vm.show()?["agent"]["status"].clone(),
+    )?;
+    let reply = linux
+        .world
+        .client
+        .post(&vm.path("/exec"), json!({"cmd": ["true"]}))?;
+    same("exec", (409, "no_agent"), (reply.status, reply.code()))
+}

@@ -1,0 +1,134 @@
+//! Commands in a Linux guest, and files in and out of it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::{Failure, Linux, Scenario, answered, holds, outputs, same};
+use crate::command::{self, Output};
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    (
+        "one call forks linux, runs a command in each fork, and deletes them",
+        fork_exec_delete,
+    ),
+    (
+        "a command that outlives its time is ended with all of its processes",
+        outlives_its_time,
+    ),
+    (
+        "of a command that prints 100 MB the first MiB is kept, and all is taken",
+        prints_much,
+    ),
+    ("what a command leaves in the background goes on", leaves_children),
+    (
+        "files and directories come into a guest and out of it as they are",
+        copies_files,
+    ),
+];
+
+/// The most of each output that is kept.
+const KEPT: usize = 1 << 20;
+const COPY_LIMIT: Duration = Duration::from_secs(60);
+
+fn fork_exec_delete(linux: &mut Linux) -> Result<(), Failure> {
+    let request = json!({"count": 4, "delete_after": true, "exec": {"cmd": ["sh", "-c", "hostname; cat /run/token; exit 0"]}});
+    let made = answered(201, linux.template.try_forks(request)?)?;
+    let entries = made["forks"].as_array().cloned().unwrap_or_default();
+    same("forks", 4, entries.len())?;
+    for (entry, output) in entries.iter().zip(outputs(&made)?) {
+        same("deleted", json!(true), entry["deleted"].clone())?;
+        let expected = format!(
+            "{}\n{}\n",
+            entry["name"].as_str().unwrap_or_default(),
+            linux.token
+        );
+        same("what it wrote", expected, output)?;
+    }
+    same("instances beside the template", 1, linux.world.list()?.len())
+}
+
+fn outlives_its_time(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({}))?;
+    let result =
+        fork.exec(json!({"cmd": ["sh", "-c", "echo begun; sleep 777 & sleep 888"], "timeout": "2s"}))?;
+    same("timed_out", json!(true), result["timed_out"].clone())?;
+    same("what it wrote before", json!("begun\n"), result["stdout"].clone())?;
+    let left = fork.sh("ps -o args | grep -E '^sleep (777|888)' || true")?;
+    same("processes of it that are left", "", &*left)
+}
+
+fn prints_much(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({}))?;
+    let result = fork.exec(json!({
+        "cmd": ["sh", "-c", "head -c 100000000 /dev/zero; echo done >&2"], "timeout": "100s",
+    }))?;
+    same("its exit code", json!(0), result["exit_code"].clone())?;
+    same("truncated", json!(true), result["truncated"].clone())?;
+    same("its other output", json!("done\n"), result["stderr"].clone())?;
+    let stdout = result["stdout"].as_str().unwrap_or_default();
+    same("bytes that are kept", KEPT, stdout.len())?;
+    holds(
+        stdout.bytes().all(|byte| byte == 0),
+        "what is kept",
+        "zeros",
+        "something else",
+    )
+}
+
+fn leaves_children(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({}))?;
+    let child = fork
+        .sh("(while ! [ -e /run/go ]; do sleep 0.1; done; echo went on >/run/went; sleep 999) & echo $!")?;
+    let child = child.trim();
+    fork.sh(&format!("kill -0 {child} && touch /run/go"))?;
+    let told = fork.sh("while ! [ -s /run/went ]; do sleep 0.1; done; cat /run/went")?;
+    same("what the child wrote", "went on\n", &*told)?;
+    fork.sh(&format!("kill -0 {child}"))?;
+    fork.sh("until ps -o args | grep '^sleep 999'; do sleep 0.1; done")
+        .map(drop)
+}
+
+fn copies_files(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({"name": "copied"}))?;
+    let here = linux.world.server.scratch().join("cp");
+    let file = here.join("sent/deep/file");
+    let bytes: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    std::fs::create_dir_all(here.join("sent/deep")).map_err(Failure::file(&here))?;
+    std::fs::write(&file, &bytes).map_err(Failure::file(&file))?;
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o750)).map_err(Failure::file(&file))?;
+    cp(linux, &here.join("sent").display().to_string(), "copied:/run")?;
+    let size = fork.sh("stat -c '%a %s' /run/sent/deep/file")?;
+    same(
+        "mode and size in the guest",
+        format!("750 {}\n", bytes.len()),
+        size,
+    )?;
+    fork.sh("mv /run/sent /run/back")?;
+    cp(linux, "copied:/run/back", &here.display().to_string())?;
+    let back = here.join("back/deep/file");
+    let read = std::fs::read(&back).map_err(Failure::file(&back))?;
+    holds(read == bytes, "what came back", "what was sent", read.len())?;
+    let mode = std::fs::metadata(&back)
+        .map_err(Failure::file(&back))?
+        .permissions()
+        .mode();
+    same("its mode", 0o750, mode & 0o777)
+}
+
+/// Copies as a user does.
+fn cp(linux: &Linux, from: &str, to: &str) -> Result<(), Failure> {
+    let mut stencil = Command::new(&linux.world.stencil);
+    stencil
+        .args(["cp", from, to])
+        .env("STENCIL_SOCKET", linux.world.server.data().join("stencil.sock"));
+    let finished = command::run(&mut stencil, COPY_LIMIT, Output::Kept)?;
+    holds(
+        finished.succeeded(),
+        format!("stencil cp {from} {to}"),
+        "success",
+        finished.output,
+    )
+}
