@@ -5,6 +5,7 @@
 
 mod agent;
 mod commands;
+mod disks;
 mod forks;
 
 use std::sync::Arc;
@@ -47,7 +48,13 @@ pub(super) fn run(
     image: &LinuxImage,
     filter: &str,
 ) -> Vec<Tried> {
-    let scenarios: Vec<Scenario> = [forks::SCENARIOS, commands::SCENARIOS, agent::SCENARIOS].concat();
+    let scenarios: Vec<Scenario> = [
+        forks::SCENARIOS,
+        disks::SCENARIOS,
+        commands::SCENARIOS,
+        agent::SCENARIOS,
+    ]
+    .concat();
     let began = Instant::now();
     let mut world = match World::new(built, hypervisor, Way::Plain) {
         Ok(world) => world,
@@ -96,6 +103,7 @@ fn boot(world: &World, image: &LinuxImage) -> Result<(Vm, String, u64), Failure>
     answered(201, world.client.post("/images", add)?)?;
     let vm = world.create(json!({
         "name": "warm", "hypervisor": "qemu", "image": "debian", "memory": MEMORY, "readiness": "agent",
+        "disks": [{"path": disks::base(world)?}],
     }))?;
     vm.wait_for_boot()?;
     vm.sh(shell::WARM_UP)?;
