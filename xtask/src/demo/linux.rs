@@ -26,6 +26,8 @@ const ASKED: &str = "cat /proc/sys/kernel/random/uuid; hostname; date; cat /run/
 #[derive(Debug)]
 pub(super) struct Facts {
     template: Value,
+    /// What executes the guests' instructions, `kvm` or `tcg`.
+    accelerator: String,
     boot: Duration,
     forks: Vec<Fork>,
     pub(super) checks: Checks,
@@ -55,7 +57,7 @@ pub(super) fn show(stencil: &Path, image: &LinuxImage) -> Result<Facts, DemoErro
     })?;
     let client = server.client();
     add_image(&client, image)?;
-    let boot = boot(&client)?;
+    let (boot, accelerator) = boot(&client)?;
     let (token, count) = step(
         "the guest has a file in a tmpfs, and a process that counts",
         || {
@@ -109,6 +111,7 @@ pub(super) fn show(stencil: &Path, image: &LinuxImage) -> Result<Facts, DemoErro
     checks.finish(server);
     Ok(Facts {
         template,
+        accelerator,
         boot,
         forks,
         checks,
@@ -122,8 +125,8 @@ fn add_image(client: &Client, image: &LinuxImage) -> Result<(), DemoError> {
     })
 }
 
-/// Boots Linux and waits for its agent; how long that took.
-fn boot(client: &Client) -> Result<Duration, DemoError> {
+/// Boots Linux and waits for its agent; how long that took, and what executes its instructions.
+fn boot(client: &Client) -> Result<(Duration, String), DemoError> {
     let began = Instant::now();
     step(
         &format!("created and booted `{WARM}` ({MEMORY}), its agent is ready"),
@@ -135,7 +138,11 @@ fn boot(client: &Client) -> Result<Duration, DemoError> {
             wait_until_running(client, BOOT_LIMIT)
         },
     )?;
-    Ok(began.elapsed())
+    let took = began.elapsed();
+    let shown = expect(200, client.get(&format!("/instances/{WARM}"))?)?;
+    let accelerator = shown["accelerator"].as_str().unwrap_or_default().to_owned();
+    println!("  its instructions are executed by {accelerator}");
+    Ok((took, accelerator))
 }
 
 fn fork(client: &Client) -> Result<Vec<Fork>, DemoError> {
@@ -245,7 +252,7 @@ impl Facts {
             })
         });
         json!({
-            "template": self.template, "boot_ms": self.boot.as_secs_f64() * 1e3,
+            "template": self.template, "accelerator": self.accelerator, "boot_ms": self.boot.as_secs_f64() * 1e3,
             "forks": forks.collect::<Vec<_>>(), "checks": self.checks.json(),
         })
     }
