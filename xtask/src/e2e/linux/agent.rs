@@ -13,7 +13,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         server_comes_back,
     ),
     (
-        "an agent that is killed or silent costs a command, and no guest",
+        "an agent that is killed, silent or speaks nonsense costs a command, and no guest",
         agent_comes_back,
     ),
     ("a linux without an agent says so, and runs no command", no_agent),
@@ -29,6 +29,10 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for module in $(cat /lib/modules/list); do insmod $module; done
 while :; do stencil-agent; sleep 0.2; done
 ";
+
+/// Kills the agent and says a million random bytes in its place. The next agent waits until the port is free.
+const NONSENSE: &str =
+    "kill -KILL $(pidof stencil-agent); head -c 1000000 /dev/urandom >/dev/vport0p1 && touch /run/said";
 
 /// An init that knows of no agent.
 const WITHOUT: &str = "#!/bin/sh
@@ -69,7 +73,12 @@ fn agent_comes_back(linux: &mut Linux) -> Result<(), Failure> {
     let reply = run("kill -KILL $(pidof stencil-agent)")?;
     same("a command whose agent was killed", "agent_lost", reply.code())?;
     vm.is_in("Running")?;
-    runs_commands_again(&vm)
+    runs_commands_again(&vm)?;
+    let reply = run(NONSENSE)?;
+    same("a command before nonsense", "agent_lost", reply.code())?;
+    runs_commands_again(&vm)?;
+    vm.sh("test -e /run/said")?;
+    vm.is_in("Running")
 }
 
 /// That commands can be run again some time after the agent was lost. Each try waits for the agent a while itself.
