@@ -215,13 +215,25 @@ impl Hypervisor for CloudHypervisor {
 
     async fn restore(&self, dir: &InstanceDir, asked: &Restore<'_>) -> Result<Restored, VmmError> {
         let client = Client::new(dir)?;
-        let said = self.check_version(&client).await?;
         let mode = asked.memory_mode;
         if !self.memory_modes().contains(&mode) {
             return Err(VmmError::MemoryMode { name: NAME, mode });
         }
+        // Both go on while the VMM is asked for its version.
+        let prefetched = match asked.hot_pages {
+            HotPages::Prefetch(list) if mode == MemoryMode::Cow => {
+                let (from, memory, list) =
+                    (asked.snapshot.clone(), *asked.memory_generation, list.to_owned());
+                Some(tokio::task::spawn_blocking(move || {
+                    prefetch(&from, memory, &list);
+                }))
+            }
+            _ => None,
+        };
         let (to, from) = (dir.clone(), asked.snapshot.clone());
-        let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, mode)).await;
+        let made = tokio::task::spawn_blocking(move || RestoreDir::make(&to, &from, mode));
+        let (said, made) = tokio::join!(self.check_version(&client), made);
+        let said = said?;
         let (files, not_mapped) = made.map_err(|error| VmmError::Prepare {
             path: dir.path().to_owned(),
             source: std::io::Error::other(error),
@@ -246,15 +258,10 @@ impl Hypervisor for CloudHypervisor {
             },
             ..RestoreRequest::default()
         };
-        let restored = client.restore(&request);
-        match asked.hot_pages {
-            HotPages::Prefetch(list) if mode == MemoryMode::Cow && not_mapped.is_none() => {
-                let (from, memory, list) =
-                    (asked.snapshot.clone(), *asked.memory_generation, list.to_owned());
-                let prefetched = tokio::task::spawn_blocking(move || prefetch(&from, memory, &list));
-                tokio::join!(restored, prefetched).0?;
-            }
-            _ => restored.await?,
+        client.restore(&request).await?;
+        if let Some(prefetched) = prefetched {
+            // The guest runs all the same where they could not be had.
+            let _ = prefetched.await;
         }
         Ok(match not_mapped {
             None => Restored::as_asked(asked.memory_mode),
