@@ -308,7 +308,7 @@ pub(crate) struct Exec {
     /// Its id, its name, or a prefix that only its id has
     pub(crate) id: String,
     /// Pass the standard input also if it is a terminal
-    #[arg(short, long)]
+    #[arg(short, long, conflicts_with = "json")]
     pub(crate) interactive: bool,
     /// Give the command a terminal
     #[arg(short, long, conflicts_with = "json")]

@@ -41,7 +41,8 @@ pub use self::session::{ExecEvent, ExecEvents, ExecInput, ExecSession, Exited, S
 
 /// How many things can be asked of a link before it has looked at them.
 const ASKS: usize = 32;
-/// How long a guest may take to stop its processes before a snapshot. Then it is made all the same.
+/// How long a guest may take to stop its processes before a snapshot. Then it is made all the same. The
+/// agent gives up earlier (1.5 s).
 const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 
 /// What is known of the agent in a guest.

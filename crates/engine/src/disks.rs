@@ -80,6 +80,21 @@ pub(crate) fn close(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError>
     Ok(())
 }
 
+/// That the disks are as their snapshot has them, as far as they tell: a power loss amid a standby may have come before what
+/// the VMM had in memory was written down.
+///
+/// # Errors
+/// [`EngineError::DiskLost`] if they are not.
+pub(crate) fn check_closed(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
+    for (disk, _) in written(spec) {
+        let path = dir.disk(disk);
+        if is_open(&path).map_err(EngineError::io("read", &path))? {
+            return Err(EngineError::DiskLost(disk));
+        }
+    }
+    Ok(())
+}
+
 /// Of how many files each disk of a fork of the instance in `dir` consists, its base counted; the most of them.
 pub(crate) fn layers_of_fork(dir: &InstanceDir, spec: &VmSpec) -> Result<usize, EngineError> {
     let mut most = 0;

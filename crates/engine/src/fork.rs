@@ -106,9 +106,12 @@ impl Engine {
                     let result = engine.make_fork(&base, reservation, stopwatch).await;
                     // A source that ran waits for its forks, and not for what is run in them.
                     let working = match (&result, exec) {
-                        (Ok(fork), Some(exec)) => {
-                            Some(tokio::spawn(engine.work(fork.id, exec, request.delete_after)))
-                        }
+                        (Ok(fork), Some(exec)) => Some(tokio::spawn(engine.work(
+                            fork.id,
+                            exec,
+                            request.count,
+                            request.delete_after,
+                        ))),
                         _ => None,
                     };
                     let work = None;
@@ -176,12 +179,13 @@ impl Engine {
         &self,
         fork: InstanceId,
         request: ExecRequest,
+        count: u32,
         delete_after: bool,
     ) -> impl Future<Output = Work> + Send + 'static {
         let engine = self.clone();
         async move {
             let fork = fork.to_string();
-            let exec = engine.exec(&fork, request).await;
+            let exec = engine.exec_as_one_of(count as usize, &fork, request).await;
             let deleted = delete_after
                 && engine
                     .delete(&fork)

@@ -7,6 +7,7 @@ use stencil_core::{MemoryMode, Metadata, State};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::bring_up::SnapshotSource;
+use crate::disks;
 use crate::instance::Stopwatch;
 use crate::limits::Promise;
 use crate::pool::{ArmedFork, PreparedFork, end_all};
@@ -97,6 +98,9 @@ impl Engine {
                 Some(self.inner.store.snapshot(&source.id))
             }
         };
+        if snapshot.is_some() {
+            disks::check_closed(&dir, &seen.metadata.spec)?;
+        }
         let snapshot = match snapshot {
             None => None,
             Some(facts) => Some(SnapshotSource::of(&dir, &facts).ok_or(EngineError::NoSnapshot(source.id))?),

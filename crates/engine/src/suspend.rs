@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stencil_core::{EpochKind, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State};
+use stencil_core::{
+    EpochKind, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State, error_chain,
+};
 
 use crate::bring_up::{Machine, SnapshotSource};
 use crate::cpu::host_cpu;
@@ -65,8 +67,12 @@ impl Engine {
         }
         if let Err(failed) = self.write_snapshot(slot, &metadata, stopwatch).await {
             if state == State::Running {
-                self.resume_vm(slot, &metadata, stopwatch).await?;
-                thaw(slot).await;
+                match self.resume_vm(slot, &metadata, stopwatch).await {
+                    Ok(()) => thaw(slot).await,
+                    Err(error) => {
+                        tracing::error!(instance = %slot.id, error = error_chain(&error), "a VM does not go on after a failed standby");
+                    }
+                }
             }
             return Err(failed);
         }
@@ -159,6 +165,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
+        disks::check_closed(&dir, &metadata.spec)?;
         disks::make_own(&dir, &metadata.spec)?;
         let permit = self.turn(&self.inner.bring_up).await;
         let machine = Machine {

@@ -4,12 +4,12 @@
 //!   engine ── Hypervisor ──> MicroVm ──── Client ── HTTP, one connection a call ──┐
 //!     │       (the trait)   (a backend)                                           v
 //!     │                         │                                  vmm.sock  ┌─────────┐
-//!     │                         └─ binds vmm.sock, starts ── stdin is it ──> │   VMM   │──> /dev/kvm
+//!     │                         └─ binds vmm.sock, starts ── inherited ────> │   VMM   │──> /dev/kvm
 //!     │                                                                      │ process │──> console.sock
 //!     └── VmmProcess ── pidfd: is it alive, how did it end, make it end ──>  └─────────┘──> console.log, vmm.log
 //! ```
 //!
-//! - [`Hypervisor`] is the trait, [`MicroVm`] and [`CloudHypervisor`] are its backends. A backend knows one VM at a time and
+//! - [`Hypervisor`] is the trait; [`MicroVm`], [`CloudHypervisor`] and [`Qemu`] are its backends. A backend knows one VM at a time and
 //!   no template. It keeps no state for an instance: each call names the instance's directory, and everything else is found
 //!   there.
 //! - [`Client`] speaks the REST contract of `stencil-vmm-api` to any VMM that has it, the microVM and Cloud

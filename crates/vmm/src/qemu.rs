@@ -243,7 +243,10 @@ impl Hypervisor for Qemu {
 
     async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError> {
         let mut monitor = Monitor::open(dir, Call::Resume).await?;
-        monitor.expect(RunState::Paused).await?;
+        // The host had no room for what the guest wrote to a disk; the write is tried again.
+        if monitor.status().await? != RunState::IoError {
+            monitor.expect(RunState::Paused).await?;
+        }
         monitor.cont().await
     }
 
@@ -363,9 +366,11 @@ fn read_json<T: DeserializeOwned>(path: PathBuf) -> Result<T, VmmError> {
 }
 
 fn write_json(path: PathBuf, value: &impl Serialize) -> Result<(), VmmError> {
+    let new = path.with_extension("new");
     let written = serde_json::to_vec(value).map_err(io::Error::from);
     written
-        .and_then(|json| fs::write(&path, json))
+        .and_then(|json| fs::write(&new, json))
+        .and_then(|()| fs::rename(&new, &path))
         .map_err(|source| VmmError::Prepare { path, source })
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, State};
+use axum::http::header::ORIGIN;
 use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{SplitSink, SplitStream};
@@ -46,6 +47,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, ApiError> {
+        // Browsers let any page open a WebSocket to any server, and say whose page it is.
+        if parts.headers.contains_key(ORIGIN) {
+            return Err(ApiError::invalid(
+                "the request has an Origin, as those of web pages have; commands are not run for web pages",
+            ));
+        }
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
         upgrade.map(Self).map_err(|rejection: WebSocketUpgradeRejection| {
             ApiError::invalid(format!(
@@ -100,18 +107,22 @@ async fn converse(socket: WebSocket, agent: Agent, closing: Closing) {
         ended = serve(&mut sink, &mut source, &agent) => ended,
         () = closing.begun() => Err(Cut::Error(ApiError::shutting_down())),
     };
-    match ended {
-        Ok(()) => {}
-        Err(Cut::Gone) => return,
-        Err(Cut::Error(error)) => {
-            if tell(&mut sink, &error.into()).await.is_err() {
-                return;
+    let farewell = async {
+        match ended {
+            Ok(()) => {}
+            Err(Cut::Gone) => return,
+            Err(Cut::Error(error)) => {
+                if tell(&mut sink, &error.into()).await.is_err() {
+                    return;
+                }
             }
         }
-    }
-    // Who has hung up meanwhile has heard everything. Who still writes hears it only if what he writes is taken.
-    let _ = sink.close().await;
-    let _ = timeout(LINGER, async { while let Some(Ok(_)) = source.next().await {} }).await;
+        // Who has hung up meanwhile has heard everything. Who still writes hears it only if what he writes is taken.
+        let _ = sink.close().await;
+        while let Some(Ok(_)) = source.next().await {}
+    };
+    // Who does not read is not waited for.
+    let _ = timeout(LINGER, farewell).await;
 }
 
 /// Runs what the client asks for until its end. Dropped, or ended early, it kills the command.

@@ -8,8 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use stencil_agent::{
-    Entropy, Epoch, EpochId, Exec, Frame, FrameError, Nonce, Output, SessionId, ToGuest, ToHost, VERSION,
-    WINDOW, encode,
+    Entropy, Epoch, EpochId, Exec, ExecError, Frame, FrameError, MAX_SESSIONS, Nonce, Output, SessionId,
+    ToGuest, ToHost, VERSION, WINDOW, encode,
 };
 use tokio::sync::oneshot;
 
@@ -241,6 +241,7 @@ impl Conversation {
             return;
         };
         session.abandoned = true;
+        session.shared.forget();
         let unread = session.window.map(|left| WINDOW - left);
         self.say(&ToGuest::Signal {
             session: id,
@@ -314,6 +315,12 @@ impl Conversation {
     ) {
         // Who asked has gone already, and nobody would end the session.
         if opened.is_closed() {
+            return;
+        }
+        // A guest that ends none would have this server keep more and more of them.
+        if self.sessions.len() >= MAX_SESSIONS {
+            let why = format!("{MAX_SESSIONS} commands have not ended yet");
+            let _ = opened.send(Err(NotOpened::Refused(ExecError::TooManySessions, why)));
             return;
         }
         let exec = ToGuest::Exec { session: id, exec };

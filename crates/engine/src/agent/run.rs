@@ -17,6 +17,8 @@ use crate::{Engine, EngineError};
 
 /// The most bytes of each output of a command that are kept in its result.
 pub const MAX_CAPTURED: usize = 1 << 20;
+/// The most bytes of each output that are kept of all commands of one call together.
+const MAX_CAPTURED_PER_CALL: usize = 64 << 20;
 
 /// How long an agent may take to begin a command: it has to fork.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -51,7 +53,7 @@ pub struct ExecOutput {
 /// What a command wrote to one of its outputs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Captured {
-    /// The first [`MAX_CAPTURED`] bytes.
+    /// The first [`MAX_CAPTURED`] bytes; fewer where a call runs more than 64 commands, which share 64 MiB.
     pub bytes: Vec<u8>,
     /// There was more, which was thrown away.
     pub truncated: bool,
@@ -70,7 +72,18 @@ impl Engine {
     /// # Errors
     /// As [`Engine::agent`] and [`Agent::exec`]; [`EngineError::AgentLost`].
     pub async fn exec(&self, reference: &str, request: ExecRequest) -> Result<ExecOutput, EngineError> {
-        self.agent(reference).await?.run(request).await
+        self.exec_as_one_of(1, reference, request).await
+    }
+
+    /// The same, as one of so many of one call: these share what is kept of their outputs.
+    pub(crate) async fn exec_as_one_of(
+        &self,
+        count: usize,
+        reference: &str,
+        request: ExecRequest,
+    ) -> Result<ExecOutput, EngineError> {
+        let most = MAX_CAPTURED.min(MAX_CAPTURED_PER_CALL / count.max(1));
+        self.agent(reference).await?.run(request, most).await
     }
 
     /// The agent in the guest of an instance that is Running.
@@ -159,11 +172,11 @@ impl Agent {
         })
     }
 
-    /// Runs a command to its end.
+    /// Runs a command to its end, and keeps `most` bytes of each of its outputs.
     ///
     /// # Errors
     /// As [`exec`](Self::exec); [`EngineError::AgentLost`] also while it runs.
-    pub async fn run(&self, request: ExecRequest) -> Result<ExecOutput, EngineError> {
+    async fn run(&self, request: ExecRequest, most: usize) -> Result<ExecOutput, EngineError> {
         let begun = Instant::now();
         let ExecRequest { mut exec, stdin } = request;
         let limit = exec.timeout.map(|timeout| timeout.saturating_add(END_LIMIT));
@@ -182,8 +195,8 @@ impl Agent {
             let (mut stdout, mut stderr) = (Captured::default(), Captured::default());
             while let Some(event) = events.next().await {
                 match event {
-                    Ok(ExecEvent::Output(Output::Stdout, bytes)) => stdout.keep(&bytes),
-                    Ok(ExecEvent::Output(Output::Stderr, bytes)) => stderr.keep(&bytes),
+                    Ok(ExecEvent::Output(Output::Stdout, bytes)) => stdout.keep(&bytes, most),
+                    Ok(ExecEvent::Output(Output::Stderr, bytes)) => stderr.keep(&bytes, most),
                     Ok(ExecEvent::Exited(exited)) => return Ok((exited, stdout, stderr)),
                     Err(why) => return Err(why),
                 }
@@ -219,8 +232,8 @@ impl Agent {
 }
 
 impl Captured {
-    fn keep(&mut self, bytes: &[u8]) {
-        let room = MAX_CAPTURED - self.bytes.len();
+    fn keep(&mut self, bytes: &[u8], most: usize) {
+        let room = most - self.bytes.len();
         self.truncated |= bytes.len() > room;
         self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }

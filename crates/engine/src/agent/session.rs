@@ -85,6 +85,12 @@ impl Shared {
         self.credit.close();
     }
 
+    /// Nobody will take what is still here.
+    pub(super) fn forget(&self) {
+        let mut received = self.received();
+        (received.stdout, received.stderr) = Default::default();
+    }
+
     pub(super) fn grant_input(&self, bytes: u32) {
         self.credit.add_permits(bytes as usize);
     }

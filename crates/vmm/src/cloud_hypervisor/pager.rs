@@ -23,7 +23,7 @@
 //!   the pager says why in the instance's `vmm.log` and to the server.
 //! - It ends with its VMM; or before, when all memory is there: Cloud Hypervisor brings in what nobody touched behind the
 //!   guest's back, and the pager, which moves many pages at a time, is ahead of that.
-//! - If it is killed, the server, when there is one, ends the VMM at once; else Cloud Hypervisor ends at its next fault.
+//! - If it is killed, the server that started it ends the VMM at once, while it lives; else Cloud Hypervisor ends at its next fault.
 //!
 //! # Recording
 //!

@@ -83,14 +83,16 @@ pub(crate) fn begin(exec: &Exec, cgroup: Option<&Path>) -> Result<Begun, NotBegu
     // SAFETY: the closure makes system calls only, on what was opened before the fork.
     unsafe { command.pre_exec(move || enter(entrance.as_ref(), is_tty)) };
     let started = Instant::now();
+    let terminal = terminal.map(|master| Ok::<_, io::Error>((master.try_clone()?, master)));
+    let terminal = terminal.transpose()?;
     let mut child = command.spawn().map_err(|error| not_spawned(exec, &error))?;
     let pid = Pid::from_child(&child);
     let begun = match terminal {
-        Some(master) => Begun {
+        Some((stdin, stdout)) => Begun {
             pid,
             started,
-            stdin: Some(master.try_clone()?),
-            stdout: Some(master),
+            stdin: Some(stdin),
+            stdout: Some(stdout),
             stderr: None,
             is_tty,
         },

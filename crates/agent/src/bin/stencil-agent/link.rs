@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
 use stencil_agent::{Decoder, Frame, FrameError, Nonce, ToGuest, ToHost, encode};
 
 use crate::place::{Listener, Place};
@@ -75,12 +74,12 @@ impl Link {
         let Some(listener) = &self.listener else {
             return Ok(());
         };
-        match rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+        match listener.accept() {
             Ok(stream) => {
                 self.drop_stream();
                 self.take(stream)
             }
-            // Nobody came, or who came is gone again.
+            // Nobody came, who came is gone again, or it was not the host.
             Err(_) => Ok(()),
         }
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 use stencil_agent::{PORT_NAME, VSOCK_PORT};
-use vsock::{VMADDR_CID_ANY, VsockListener};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 /// What the kernel knows of virtio-serial ports, by name.
 const PORTS: &str = "/sys/class/virtio-ports";
@@ -51,6 +51,27 @@ pub(crate) enum Place {
 pub(crate) enum Listener {
     Vsock(VsockListener),
     Unix(PathBuf, UnixListener),
+}
+
+impl Listener {
+    /// The stream of who has come. By vsock that must be the host: processes of this machine (`vsock_loopback`) and of
+    /// machines in it can connect too, and whoever speaks here runs commands as root.
+    pub(crate) fn accept(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Vsock(listener) => {
+                let (stream, from) = listener.accept()?;
+                if from.cid() != VMADDR_CID_HOST {
+                    return Err(ErrorKind::PermissionDenied.into());
+                }
+                stream.set_nonblocking(true)?;
+                Ok(stream.into())
+            }
+            Self::Unix(_, listener) => {
+                let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+                Ok(rustix::net::accept_with(listener, flags)?)
+            }
+        }
+    }
 }
 
 impl AsFd for Listener {
