@@ -22,17 +22,17 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 /// How long an agent may take to be back.
 const BACK_LIMIT: Duration = Duration::from_secs(60);
 
-/// An init that starts the agent as a service, and again when it ends.
+/// An init that starts the agent as a service, and again when it ends, but for as long as it is held.
 const SERVICE: &str = "#!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for module in $(cat /lib/modules/list); do insmod $module; done
-while :; do stencil-agent; sleep 0.2; done
+while :; do stencil-agent; sleep 0.2; while [ -e /run/held ]; do sleep 0.1; done; done
 ";
 
-/// Kills the agent and says a million random bytes in its place. The next agent waits until the port is free.
-const NONSENSE: &str =
-    "kill -KILL $(pidof stencil-agent); head -c 1000000 /dev/urandom >/dev/vport0p1 && touch /run/said";
+/// Kills the agent and says a million random bytes in its place, as soon as the port is free. Nobody hears what else it says.
+const NONSENSE: &str = "exec >/dev/null 2>&1; touch /run/held; kill -KILL $(pidof stencil-agent)
+until head -c 1000000 /dev/urandom >/dev/vport0p1; do sleep 0.1; done; touch /run/said; rm /run/held";
 
 /// An init that knows of no agent.
 const WITHOUT: &str = "#!/bin/sh
