@@ -107,7 +107,7 @@ fn boot(world: &World, image: &LinuxImage) -> Result<(Vm, String, u64), Failure>
     }))?;
     vm.wait_for_boot()?;
     vm.sh(shell::WARM_UP)?;
-    let told = vm.sh("cat /run/token; cat /run/count")?;
+    let told = vm.sh("cat /run/token; tail -n 1 /run/count")?;
     let mut lines = told.lines();
     let token = lines.next().unwrap_or_default().to_owned();
     let count = number("the counter", lines.next())?;
@@ -191,7 +191,7 @@ impl Vm {
 
     /// How far its counter is.
     fn counter(&self) -> Result<u64, Failure> {
-        number("the counter", self.sh("cat /run/count")?.lines().next())
+        number("the counter", self.sh("tail -n 1 /run/count")?.lines().next())
     }
 
     /// That it counts on from `count`.
@@ -204,7 +204,7 @@ impl Vm {
             now,
         )?;
         self.sh(&format!(
-            "kill -0 $(cat /run/counter) && while [ $(cat /run/count) -le {now} ]; do sleep 0.1; done"
+            "kill -0 $(cat /run/counter) && while [ $(tail -n 1 /run/count) -le {now} ]; do sleep 0.1; done"
         ))
         .map(drop)
     }

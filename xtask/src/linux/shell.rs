@@ -2,12 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Warms a guest up: a token in a tmpfs, and a process that counts there, until it has come to 10. Each number is put into place
-/// whole.
+/// Warms a guest up: a token in a tmpfs, and a process that counts there, a line for each number, until it has come to 10.
 pub(crate) const WARM_UP: &str = "cat /proc/sys/kernel/random/uuid >/run/token
-(n=0; while :; do n=$((n+1)); echo $n >/run/count.new; mv /run/count.new /run/count; sleep 0.1; done) >/dev/null 2>&1 &
+(n=0; while :; do n=$((n+1)); echo $n; sleep 0.1; done) >/run/count 2>&1 &
 echo $! >/run/counter
-until [ -e /run/count ] && [ $(cat /run/count) -ge 10 ]; do sleep 0.1; done";
+until [ $(wc -l </run/count) -ge 10 ]; do sleep 0.1; done";
 
 /// Tells the guest's clock in seconds since 1970 in UTC, to a microsecond, of which busybox's `date` knows nothing.
 pub(crate) const CLOCK: &str =
