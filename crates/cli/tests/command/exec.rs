@@ -14,7 +14,9 @@ use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio_tungstenite::client_async;
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::{Error, Message};
 
 use crate::hosted::Guests;
 use crate::stencil::{Server, done};
@@ -239,6 +241,24 @@ async fn last_word(socket: &Path, said: &[Message]) -> Value {
         }
     }
     last
+}
+
+#[test]
+fn a_web_page_cannot_run_commands() {
+    let guests = Guests::start();
+    let refused = guests.block_on(async {
+        let stream = UnixStream::connect(guests.socket()).await.unwrap();
+        let mut request = "ws://stencil/instances/web/exec".into_client_request().unwrap();
+        let origin = HeaderValue::from_static("https://example.org");
+        request.headers_mut().insert("origin", origin);
+        client_async(request, stream).await.unwrap_err()
+    });
+    let Error::Http(reply) = refused else {
+        panic!("{refused}")
+    };
+    assert_eq!(reply.status(), 400);
+    let body = String::from_utf8(reply.into_body().unwrap_or_default()).unwrap();
+    assert!(body.contains("commands are not run for web pages"), "{body}");
 }
 
 #[test]
