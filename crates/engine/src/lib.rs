@@ -9,7 +9,7 @@
 //! | `engine` | the [`Engine`]: what it owns, how it opens a data directory |
 //! | `requests`, `instance`, `error` | what goes in, what comes out |
 //! | `admission`, `kernel` | checks of a request against the host, before anything is made |
-//! | `limits`, `host` | whether the host has what forks need |
+//! | `limits`, `host`, `cpu` | whether the host has what forks need, and is like the one that a snapshot was made on |
 //! | `registry`, `names`, `running` | which instances there are, their names and forks, their locks and their running VMMs |
 //! | `observe` | gathers the facts that a state is derived from |
 //! | `create`, `lifecycle`, `template`, `fork`, `delete` | the operations |
