@@ -102,14 +102,18 @@ impl Engine {
         let slot = Arc::clone(slot);
         // A task that waits does not keep the data directory in use.
         let engine = Arc::downgrade(&self.inner);
+        let arming = Arc::clone(&self.inner.arming);
         tokio::spawn(async move {
             tokio::time::sleep(BEHIND).await;
             loop {
+                // Given up after `inner`: when all turns are over, nobody who was arming has the engine any more.
+                let Ok(turn) = arming.acquire().await else { return };
                 let Some(inner) = engine.upgrade() else { return };
                 let one = (Self { inner }).arm_one(&slot).await.unwrap_or_else(|error| {
                     tracing::warn!(instance = %slot.id, error = error_chain(&error), "no fork could be armed");
                     ArmOne::Later(AFTER_ERROR)
                 });
+                drop(turn);
                 match one {
                     ArmOne::Done => slot.tell(),
                     ArmOne::Enough if slot.pool.end_refill() => return,
@@ -120,8 +124,8 @@ impl Engine {
         });
     }
 
+    /// The caller has the turn.
     async fn arm_one(&self, slot: &Arc<Slot>) -> Result<ArmOne, EngineError> {
-        let _turn = self.turn(&self.inner.arming).await;
         // Held until the fork is in the pool: who has the lock for itself finds all of them there.
         // It waits paused: whether it may run is asked of who takes it.
         let paused = ForkRequest {
@@ -156,7 +160,7 @@ impl Engine {
         };
         let hot_pages = self.known_hot_pages(&base, snapshot);
         let has_hot_pages = matches!(hot_pages, HotPagesUse::Prefetch(_));
-        let _permit = self.turn(&self.inner.bring_up).await;
+        let _permit = self.turn_to_bring_up().await;
         let mut stopwatch = Stopwatch::start(Operation::Fork);
         let fork = self.prepare(&base, snapshot, InstanceId::generate(), hot_pages, &mut stopwatch);
         // Others wait for this one: for the template, and to arm forks of theirs.
@@ -215,7 +219,8 @@ impl Engine {
         let slots = self.inner.registry.all();
         let forks = slots.iter().flat_map(|slot| slot.pool.close()).collect();
         // The one that is being armed is ended by who arms it.
-        let _turn = timeout(CLOSE_LIMIT, self.turn(&self.inner.arming)).await;
+        let _turn = timeout(CLOSE_LIMIT, self.inner.arming.acquire()).await;
+        self.inner.arming.close();
         end_all(forks).await;
     }
 }

@@ -32,7 +32,7 @@ impl Engine {
         let dir = self.dir(&slot.id);
         disks::make_own(&dir, &metadata.spec)?;
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
-        let _permit = self.turn(&self.inner.bring_up).await;
+        let _permit = self.turn_to_bring_up().await;
         let console_offset = size_of(&dir.console_log());
         let start = Start::Boot {
             spec: &metadata.spec,

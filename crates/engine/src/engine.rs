@@ -41,8 +41,8 @@ pub(crate) struct Inner {
     pub(crate) hypervisors: BTreeMap<HypervisorName, Arc<dyn Hypervisor>>,
     /// How many VMMs are brought up at a time: more than a few for each core only makes each of them later.
     pub(crate) bring_up: Semaphore,
-    /// One fork is armed at a time, behind those that are waited for.
-    pub(crate) arming: Semaphore,
+    /// One fork is armed at a time, behind those that are waited for. Closed with the engine.
+    pub(crate) arming: Arc<Semaphore>,
     pub(crate) armed_by_default: u32,
     pub(crate) pressure: Pressure,
     pub(crate) watcher: Watcher,
@@ -68,7 +68,7 @@ impl Engine {
                 registry: Arc::default(),
                 hypervisors: config.hypervisors.into_iter().map(|h| (h.name(), h)).collect(),
                 bring_up: Semaphore::new((2 * cores).max(4)),
-                arming: Semaphore::new(1),
+                arming: Arc::new(Semaphore::new(1)),
                 armed_by_default: config.armed,
                 pressure: Pressure::default(),
                 host: Host::read(),
@@ -110,11 +110,11 @@ impl Engine {
         self.inner.store.data().instance(id)
     }
 
-    /// Waits for one of the turns that such a semaphore gives out.
-    pub(crate) async fn turn<'a>(&self, turns: &'a Semaphore) -> SemaphorePermit<'a> {
-        // None of them is ever closed.
+    /// Waits for a turn to bring a VM up.
+    pub(crate) async fn turn_to_bring_up(&self) -> SemaphorePermit<'_> {
+        // It is never closed.
         #[expect(clippy::expect_used, reason = "only a closed semaphore refuses")]
-        turns.acquire().await.expect("the semaphore is open")
+        self.inner.bring_up.acquire().await.expect("the semaphore is open")
     }
 
     /// Takes the instance's lock for a change; fails if it was deleted while waiting for it.

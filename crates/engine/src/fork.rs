@@ -318,7 +318,7 @@ impl Engine {
                 Err(NotBegun { error, .. }) => return Err(error),
             }
         }
-        let permit = self.turn(&self.inner.bring_up).await;
+        let permit = self.turn_to_bring_up().await;
         stopwatch.lap("queue");
         let prepared = self
             .prepare(base, snapshot, id, hot_pages, &mut stopwatch)

@@ -167,7 +167,7 @@ impl Engine {
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
         disks::check_closed(&dir, &metadata.spec)?;
         disks::make_own(&dir, &metadata.spec)?;
-        let permit = self.turn(&self.inner.bring_up).await;
+        let permit = self.turn_to_bring_up().await;
         let machine = Machine {
             id: slot.id,
             hypervisor: &metadata.spec.hypervisor,

@@ -112,7 +112,7 @@ fn output_survives_pauses_at_any_moment() {
 #[test]
 fn memory_above_the_hole_is_there() {
     let vmm = Vmm::booted(5 << 30);
-    vmm.ask("h", "stored\n");
+    vmm.ask("h", "kept\n");
     vmm.ask("H", "8877665544332211\n");
 }
 

@@ -315,7 +315,7 @@ fn a_second_template_of_the_same_guest_has_pages_of_its_own() {
     let (source, first) = filled();
     let (_recorder, list) = recorded(&first);
     source.done("vm.resume", &Value::Null);
-    source.ask("sZ", "stored\n");
+    source.ask("sZ", "kept\n");
     let second = source.snapshot("second");
     let more = json!({"hot_pages": list, "memory_generation": "0f0e0d0c0b0a09080706050403020100"});
     let vmm = restored(&second, "Uffd", &more);

@@ -84,7 +84,7 @@ fn a_snapshot_of_a_lazily_restored_vm_holds_what_it_read_and_what_it_wrote() {
     for mode in ["Cow", "Uffd"] {
         let fork = Vmm::restored(&first, mode, None);
         fork.done("vm.resume", &Value::Null);
-        fork.ask("sZ", "stored\n");
+        fork.ask("sZ", "kept\n");
         let second = fork.snapshot("s");
         let (before, after) = (
             fs::read(first.join("memory-ranges")).unwrap(),
@@ -113,7 +113,7 @@ fn two_forks_at_once_do_not_see_each_other_and_leave_the_file_as_it_is() {
         forks.map(|(text, mode)| (text, Vmm::restored(&snapshot, mode, Some(&text_generation(text)))));
     for (text, fork) in &forks {
         fork.done("vm.resume", &Value::Null);
-        fork.ask(&format!("s{text}"), "stored\n");
+        fork.ask(&format!("s{text}"), "kept\n");
     }
     for (text, fork) in &forks {
         fork.ask("v", &format!("value {text}\n"));
@@ -194,7 +194,7 @@ fn input_that_waits_is_part_of_the_snapshot() {
 #[test]
 fn memory_above_the_hole_comes_back() {
     let source = Vmm::booted(6 << 30);
-    source.ask("h", "stored\n");
+    source.ask("h", "kept\n");
     let snapshot = source.snapshot("s");
     let facts = fs::metadata(snapshot.join("memory-ranges")).unwrap();
     assert_eq!(facts.len(), 6 << 30);
