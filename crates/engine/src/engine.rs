@@ -114,7 +114,11 @@ impl Engine {
     pub(crate) async fn turn_to_bring_up(&self) -> SemaphorePermit<'_> {
         // It is never closed.
         #[expect(clippy::expect_used, reason = "only a closed semaphore refuses")]
-        self.inner.bring_up.acquire().await.expect("the semaphore is open")
+        self.inner
+            .bring_up
+            .acquire()
+            .await
+            .expect("the semaphore is open")
     }
 
     /// Takes the instance's lock for a change; fails if it was deleted while waiting for it.

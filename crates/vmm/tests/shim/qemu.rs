@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use stencil_core::{GuestEnd, InstanceDir, MemoryMode, SnapshotDir, VmGeneration, VmPhase, VmSpec};
 use stencil_vmm::{
-    Call, Exit, HotPages, Hypervisor, KillGuard, Qemu, Restore, Restored, Start, VmmError, VmmProcess,
-    stray_processes,
+    Call, Exit, HotPages, Hypervisor, KillGuard, Qemu, Restore, Restored, Start, VmStatus, VmmError,
+    VmmProcess, stray_processes,
 };
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
@@ -124,7 +124,20 @@ impl World {
     }
 
     async fn phase(&self, dir: &InstanceDir) -> VmPhase {
-        self.vmm.info(dir).await.unwrap().phase
+        self.status(dir).await.phase
+    }
+
+    async fn status(&self, dir: &InstanceDir) -> VmStatus {
+        let told = async {
+            loop {
+                match self.vmm.info(dir).await {
+                    // A host that runs other tests may take longer than a server would wait.
+                    Err(VmmError::Timeout { .. }) => {}
+                    told => return told,
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, told).await.unwrap().unwrap()
     }
 }
 
@@ -254,7 +267,7 @@ async fn a_guest_that_is_down_leaves_the_vmm_up_which_says_why() {
             world.phase(&dir).await == VmPhase::Shutdown
         })
         .await;
-        let end = world.vmm.info(&dir).await.unwrap().end;
+        let end = world.status(&dir).await.end;
         let reason = reason.to_owned();
         assert_eq!(end, Some(GuestEnd { failed, reason }));
         assert_eq!(process.has_exited(), None);
