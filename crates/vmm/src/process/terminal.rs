@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
 
 /// A new terminal.
 #[derive(Debug)]
@@ -39,6 +39,9 @@ impl Terminal {
         let writer = ioctl_tiocgptpeer(&reader, flags)?;
         let mut modes = tcgetattr(&writer)?;
         modes.make_raw();
+        // `make_raw` turns the processing of what is written off as a whole, and leaves what it would do (a carriage return before
+        // each newline). QEMU turns it on again for the terminal that it reads (chardev/char-stdio.c, as of 7.2).
+        modes.output_modes = OutputModes::empty();
         tcsetattr(&writer, OptionalActions::Now, &modes)?;
         // Else the group `tty` could write to it too.
         fchmod(&writer, Mode::RUSR | Mode::WUSR)?;

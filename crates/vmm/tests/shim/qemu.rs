@@ -309,10 +309,10 @@ async fn an_agent_s_port_is_connected_and_connected_again() {
 }
 
 #[tokio::test]
-async fn more_input_than_the_serial_port_holds_arrives_whole() {
+async fn more_input_than_the_serial_port_holds_arrives_whole_and_as_it_is() {
     let Some(world) = World::new() else { return };
     let (dir, process) = world.running("vm").await;
-    let text = "0123456789abdefg".repeat(200);
+    let text = "0123456789abdefg\t\n\r".repeat(200);
     world.say(&dir, &process, &text, &text).await;
 }
 
