@@ -43,6 +43,7 @@ mod binary;
 mod client;
 mod cloud_hypervisor;
 mod console;
+mod descriptor;
 mod error;
 mod hypervisor;
 mod kvm;

@@ -4,12 +4,10 @@
 //! Source: QEMU, docs/interop/qmp-spec and qapi/*.json, as of 7.2. What comes from the other side is bounded: in size by
 //! [`MAX_REPLY_BYTES`] a line, in time by the deadline of the call that the conversation is for.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use stencil_core::InstanceDir;
@@ -17,6 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interes
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
+use crate::descriptor::send_with;
 use crate::rest::utf8;
 use crate::{Call, MAX_REPLY_BYTES, VmmError};
 
@@ -296,19 +295,7 @@ async fn send(stream: &mut UnixStream, bytes: &[u8], file: Option<BorrowedFd<'_>
         return stream.write_all(bytes).await;
     };
     let sent = stream
-        .async_io(Interest::WRITABLE, || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            let files = [file];
-            ancillary.push(SendAncillaryMessage::ScmRights(&files));
-            let parts = [IoSlice::new(bytes)];
-            Ok(sendmsg(
-                stream.as_fd(),
-                &parts,
-                &mut ancillary,
-                SendFlags::NOSIGNAL,
-            )?)
-        })
+        .async_io(Interest::WRITABLE, || send_with(stream.as_fd(), bytes, file))
         .await?;
     stream.write_all(&bytes[sent..]).await
 }

@@ -1,14 +1,13 @@
 //! The sending side of a local migration: hands a VM over, step by step, each of which Cloud Hypervisor acknowledges.
 
-use std::io::{self, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::wire::{Command, Request, Response};
+use crate::descriptor::send_with;
 
 /// A step was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -50,19 +49,8 @@ impl Sender {
         self.0
             .write_all(Request::new(step, slot.len() as u64).as_bytes())
             .map_err(lost)?;
-        let files = [file];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        // It is made for one descriptor.
-        ancillary.push(SendAncillaryMessage::ScmRights(&files));
-        // Four bytes go as one.
-        sendmsg(
-            &self.0,
-            &[IoSlice::new(&slot)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )
-        .map_err(|error| lost(error.into()))?;
+        let sent = send_with(&self.0, &slot, file).map_err(lost)?;
+        self.0.write_all(&slot[sent..]).map_err(lost)?;
         self.acknowledged(step)
     }
 
