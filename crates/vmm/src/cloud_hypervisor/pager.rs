@@ -24,6 +24,7 @@
 //! - It ends with its VMM; or before, when all memory is there: Cloud Hypervisor brings in what nobody touched behind the
 //!   guest's back, and the pager, which moves many pages at a time, is ahead of that.
 //! - If it is killed, the server that started it ends the VMM at once, while it lives; else Cloud Hypervisor ends at its next fault.
+//!   Each server tells why (`last_words.rs`).
 //!
 //! # Recording
 //!
@@ -34,6 +35,7 @@
 
 mod faults;
 mod files;
+pub(super) mod last_words;
 mod memory;
 mod sender;
 pub(super) mod tally;
@@ -61,6 +63,7 @@ use super::snapshot::{SnapshotError, State};
 pub use faults::FaultError;
 use faults::{Server, has_ended_within};
 pub use files::MemoryError;
+use last_words::LastWords;
 use memory::Memory;
 use sender::{Sender, StepError};
 use tally::Tally;
@@ -69,8 +72,6 @@ use tally::Tally;
 pub(super) const SOCKET: &str = "migration.sock";
 /// The pager's numbers, in the instance's directory.
 pub(super) const TALLY: &str = "pages";
-/// Why the pager failed, in the instance's directory.
-pub(super) const LAST_WORDS: &str = "pager-failed";
 
 /// How long Cloud Hypervisor has to listen: it is asked to when the pager is started.
 const LISTEN_LIMIT: Duration = Duration::from_secs(30);
@@ -142,13 +143,17 @@ pub fn run(request: &Request) -> Result<(), PagerError> {
         .try_clone_to_owned()
         .map(File::from)
         .map_err(file("standard input"))?;
+    let last_words = LastWords::begin().map_err(file(last_words::NAME))?;
     let served = serve(request, &vmm);
-    if let Err(failed) = &served {
-        // First why, then the end, so that whoever sees the one finds the other.
-        let _ = fs::write(LAST_WORDS, error_chain(failed));
-        if let PagerError::Lost(_) = failed {
-            // It may have ended by itself.
-            let _ = pidfd_send_signal(&vmm, Signal::KILL);
+    match &served {
+        Ok(()) => last_words.none(),
+        Err(failed) => {
+            // First why, then the end, so that whoever sees the one finds the other.
+            last_words.say(&error_chain(failed));
+            if let PagerError::Lost(_) = failed {
+                // It may have ended by itself.
+                let _ = pidfd_send_signal(&vmm, Signal::KILL);
+            }
         }
     }
     served

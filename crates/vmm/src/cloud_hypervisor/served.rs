@@ -12,7 +12,7 @@ use stencil_core::InstanceDir;
 use stencil_vmm_api::{MigrationMemoryMode, ReceiveMigrationRequest};
 use tokio::net::UnixStream;
 
-use super::pager::{LAST_WORDS, SOCKET, TALLY, tally};
+use super::pager::{SOCKET, TALLY, last_words as words, tally};
 use crate::process::{append_to, processes_below, remove_socket, spawn_watched};
 use crate::{Client, Exit, HotPages, KillGuard, PageCounters, Restore, VmmError, VmmProcess};
 
@@ -58,7 +58,7 @@ pub(super) async fn restore(
 
 /// Forgets what pagers of an earlier VMM left.
 pub(super) fn forget(dir: &InstanceDir) {
-    for name in [TALLY, LAST_WORDS] {
+    for name in [TALLY, words::NAME] {
         // They are not there as a rule.
         let _ = fs::remove_file(dir.path().join(name));
     }
@@ -96,7 +96,7 @@ pub(super) fn page_counters(dir: &InstanceDir) -> PageCounters {
 
 /// Why the pager failed, if it did.
 pub(super) fn last_words(dir: &InstanceDir) -> Option<String> {
-    fs::read_to_string(dir.path().join(LAST_WORDS)).ok()
+    words::read(dir.path())
 }
 
 async fn start(
@@ -178,17 +178,8 @@ async fn end_with(vmm: VmmProcess, pager: VmmProcess, directory: OwnedFd) {
     }
     let (pid, pager) = (vmm.identity().pid, pager.identity().pid);
     tracing::error!(pid, pager, %exit, "a pager failed; its VMM is ended");
-    // By the descriptor: the directory may have another name by now.
-    let made = rustix::fs::openat(
-        &directory,
-        LAST_WORDS,
-        OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
-        Mode::RUSR | Mode::WUSR,
-    );
-    // It is there if the pager itself could say why.
-    if let Ok(words) = made {
-        let _ = rustix::io::write(words, format!("its pager ended: {exit}").as_bytes());
-    }
+    // What cannot be said ends the VMM all the same.
+    let _ = words::say_for_it(&directory, &format!("its pager ended: {exit}"));
     drop(vmm.kill_on_drop());
 }
 

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use insta::assert_snapshot;
 use rustix::process::{Pid, Signal, kill_process};
-use stencil_core::{InstanceDir, MemoryMode, SnapshotDir};
+use stencil_core::{InstanceDir, MemoryMode, ProcessIdentity, SnapshotDir};
 use stencil_vmm::{CloudHypervisor, Exit, Hypervisor, PagerCommand, VmmError, VmmProcess};
+use tokio::runtime::Runtime;
 
 use crate::cloud_hypervisor::{World, left_in};
 use crate::pager::{pagers, snapshot_with, the_pager};
@@ -187,6 +188,32 @@ async fn a_pager_that_is_killed_takes_its_vmm_with_it_and_that_is_told() {
     let next = world.spawn(&dir).await;
     assert_eq!(world.vmm.last_words(&dir), None);
     world.vmm.stop(&dir, &next).await.unwrap();
+}
+
+#[test]
+fn a_pager_that_is_killed_after_its_server_is_told_of_by_the_next_one() {
+    let kill = |process: &ProcessIdentity| {
+        let pid = Pid::from_raw(process.pid.cast_signed()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+    };
+    // All that a server does ends with its runtime.
+    let server = Runtime::new().unwrap();
+    let world = World::with("cloud-hypervisor v53.0\n", "walk off\n");
+    let (dir, vmm, pager) = server.block_on(async {
+        let template = world.snapshot().await;
+        let (dir, process, pager) = running(&world, &template).await;
+        (dir, process.keep().identity().clone(), pager.identity().clone())
+    });
+    drop(server);
+    Runtime::new().unwrap().block_on(async {
+        let found = VmmProcess::attach(&vmm).unwrap().unwrap().kill_on_drop();
+        let its_pager = VmmProcess::attach(&pager).unwrap().unwrap();
+        assert_eq!(world.vmm.last_words(&dir), None, "it lives");
+        kill(&pager);
+        its_pager.exited().await;
+        assert_snapshot!(world.vmm.last_words(&dir).unwrap(), @"its pager was killed");
+        world.vmm.stop(&dir, &found).await.unwrap();
+    });
 }
 
 #[tokio::test]
