@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags};
 use stencil_agent::{End, EpochId, Exec, ExecError, ToGuest, ToHost};
 
 use crate::host::{Agent, Host, await_path, shell};
+use crate::skipped::skipped;
 
 /// A cgroup for one test.
 struct Cgroup(PathBuf);
@@ -25,7 +26,7 @@ impl Cgroup {
             Some(dir)
         });
         if dir.is_none() {
-            eprintln!("SKIPPED: {test}: no cgroup of version 2 can be made here");
+            skipped("no cgroup of version 2 can be made here");
         }
         dir.map(Self)
     }

@@ -12,4 +12,6 @@ mod freeze;
 mod host;
 mod identity;
 mod port;
+#[path = "../../../../fixtures/skipped.rs"]
+mod skipped;
 mod terminal;

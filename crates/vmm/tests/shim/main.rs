@@ -21,6 +21,8 @@ mod qemu;
 mod qemu_monitor;
 mod replayer;
 mod requests;
+#[path = "../../../../fixtures/skipped.rs"]
+mod skipped;
 mod spawning;
 mod stopping;
 mod tiny_guest;

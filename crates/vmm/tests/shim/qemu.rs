@@ -13,6 +13,7 @@ use stencil_vmm::{
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
+use crate::skipped::skipped;
 use crate::tiny_guest;
 
 const MIB: u64 = 1 << 20;
@@ -30,7 +31,7 @@ impl World {
     /// `None` where there is no QEMU: the test is skipped, and says so.
     fn new() -> Option<Self> {
         let Some(binary) = Qemu::find() else {
-            eprintln!("SKIPPED: there is no qemu-system-x86_64 in PATH; install Debian's qemu-system-x86");
+            skipped("there is no qemu-system-x86_64 in PATH; install Debian's qemu-system-x86");
             return None;
         };
         let root = tempfile::tempdir().unwrap();
