@@ -1,4 +1,4 @@
-//! Benchmarks of what only the real programs can show: each is driven from outside, on real KVM, and what it found is
+//! Benchmarks of what only the real programs can show: each is driven from outside, on real VMs, and what it found is
 //! printed, written as JSON and, in a full run, into docs/benchmarks.md.
 
 mod document;
@@ -20,7 +20,7 @@ use crate::host::Host;
 use crate::hypervisor::Located;
 use crate::server::ServerError;
 use crate::vmm::VmmError;
-use crate::{TaskError, build, report, setup};
+use crate::{TaskError, build, linux, report, setup};
 use rows::{Row, Target};
 
 #[derive(Debug, clap::Subcommand)]
@@ -89,6 +89,8 @@ pub(crate) enum BenchError {
     },
     #[error("{what} did not come in {seconds} s; the server said:\n{log}")]
     Late { what: String, seconds: u64, log: String },
+    #[error("{what} did not come to what it should: {result}")]
+    Wrong { what: String, result: String },
     #[error("the {what} cannot be drawn: {why}")]
     Chart { what: &'static str, why: String },
 }
@@ -139,6 +141,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), TaskError> {
                 &conditions,
             )
         }
+        Bench::Fork(options) if options.hypervisor.is_qemu() => forks_of_linux(options),
         Bench::Fork(options) => match options.hypervisor.locate() {
             Ok(located) => match located.binary() {
                 None => forks(options),
@@ -185,9 +188,28 @@ fn forks_beside(options: &fork::Options, located: &Located, binary: &Path) -> Re
     finish(&name, &options.common, &told, &conditions)
 }
 
-/// What every benchmark begins with.
+/// Forks of a Linux on QEMU, with KVM or without.
+fn forks_of_linux(options: &fork::Options) -> Result<(), TaskError> {
+    setup::prepare_linux()?;
+    let host = told(setup::prepare()?);
+    let (built, image) = report::step("built in release, and a Linux guest with the agent", || {
+        Ok::<_, TaskError>((build::build()?, linux::image()?))
+    })?;
+    let before = load();
+    let findings = fork::linux::measure(&built, &image, options.common.quick)?;
+    findings.print();
+    let conditions = Conditions::now(host, before);
+    let told = fork::linux::tell(&conditions, &findings);
+    finish("fork --hypervisor qemu", &options.common, &told, &conditions)
+}
+
+/// What every benchmark on KVM begins with.
 fn prepare() -> Result<Host, TaskError> {
-    let host = setup::prepare_with_kvm()?;
+    Ok(told(setup::prepare_with_kvm()?))
+}
+
+/// Says what the host is.
+fn told(host: Host) -> Host {
     println!(
         "on {}, {} cores, {}, Linux {}, KVM: {}",
         host.cpu,
@@ -196,7 +218,7 @@ fn prepare() -> Result<Host, TaskError> {
         host.kernel,
         host.kvm
     );
-    Ok(host)
+    host
 }
 
 fn kvm_floor() -> Result<PathBuf, TaskError> {

@@ -79,6 +79,8 @@ enum TaskError {
     Bench(#[from] bench::BenchError),
     #[error(transparent)]
     Linux(#[from] linux::LinuxError),
+    #[error("Linux guests cannot be run")]
+    NoLinux(#[from] setup::NoLinux),
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::HypervisorError),
     #[error("could not listen for Ctrl-C")]

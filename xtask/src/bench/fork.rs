@@ -8,6 +8,7 @@
 //! | `latency` | forks one by one and many at once, of small and large memory, armed or not |
 //! | `growth` | the same with 10 and with 10,000 instances on disk |
 //! | `fleet`, `processes` | a thousand live forks, and what they take of the host |
+//! | `linux` | forks of a Linux on QEMU, and commands in them |
 //! | `beside` | forks on another hypervisor, beside those on the microVM and beside what it takes by itself |
 //! | `figures`, `show`, `charts` | rows and targets; tables, sentences and drawings |
 
@@ -18,6 +19,7 @@ mod figures;
 mod fleet;
 mod growth;
 mod latency;
+pub(super) mod linux;
 mod processes;
 mod show;
 mod world;

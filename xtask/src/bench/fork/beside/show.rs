@@ -1,6 +1,7 @@
 //! The table on the terminal, and the section of docs/benchmarks.md.
 
-use super::{CLOUD_HYPERVISOR, COW, Findings, Line, MEMORY, RUNNING, Restored, Time, WRITTEN};
+use super::{CLOUD_HYPERVISOR, COW, Findings, MEMORY, RUNNING, Restored, Time, WRITTEN};
+use crate::bench::fork::asking::middle_of_phases;
 use crate::bench::rows::Quantiles;
 use crate::bench::{Conditions, document, grid::Grid};
 use crate::{host, report};
@@ -77,7 +78,7 @@ impl Findings {
             lines.push(format!(
                 "{}, the server's phases until it is paused: {}.",
                 line.name,
-                phases(line)
+                middle_of_phases(line.forks.iter().map(|fork| &*fork.phases))
             ));
             if line.armed {
                 let armed = line.forks.iter().filter(|fork| fork.was_armed).count();
@@ -97,20 +98,6 @@ impl Findings {
         ));
         lines
     }
-}
-
-/// The middle of each phase.
-fn phases(line: &Line) -> String {
-    let names = line.forks.first().map_or(&[][..], |fork| &fork.phases);
-    let told: Vec<String> = names
-        .iter()
-        .map(|(name, _)| {
-            let times = line.forks.iter().flat_map(|fork| &fork.phases);
-            let times = times.filter(|(found, _)| found == name).map(|(_, time)| *time);
-            format!("{name} {:.2}", Quantiles::of(times).p50)
-        })
-        .collect();
-    told.join(", ") + " ms"
 }
 
 pub(super) fn section(conditions: &Conditions, findings: &Findings) -> String {
