@@ -37,6 +37,29 @@ fn a_command_has_its_environment_and_directory_and_nothing_of_the_agents() {
 }
 
 #[test]
+fn a_program_is_found_in_the_commands_own_path_and_keeps_the_name_that_it_was_called_by() {
+    let agent = Agent::start();
+    let mut host = agent.enter();
+    let dir = agent.dir.path();
+    host.print(&format!(
+        "mkdir {0}/a {0}/b; echo echo a > {0}/a/program; echo 'echo b' > {0}/b/program; chmod +x {0}/b/program",
+        dir.display()
+    ));
+    let exec = |path: String, argv: &[&str]| Exec {
+        argv: argv.iter().map(|&word| word.to_owned()).collect(),
+        env: vec![("PATH".to_owned(), path)],
+        cwd: Some(format!("{}/b", dir.display())),
+        ..Exec::default()
+    };
+    let path = format!("{0}/none:{0}/a:{0}/b:/usr/bin:/bin", dir.display());
+    assert_eq!(host.run(exec(path.clone(), &["program"])).stdout, "b\n");
+    assert_eq!(host.run(exec(path, &["sh", "-c", "echo $0"])).stdout, "sh\n");
+    // The directory that it works in, as execvp(3) has it.
+    let path = format!(":{}/a", dir.display());
+    assert_eq!(host.run(exec(path, &["program"])).stdout, "b\n");
+}
+
+#[test]
 fn a_signal_ends_the_process_group() {
     let agent = Agent::start();
     let mut host = agent.enter();

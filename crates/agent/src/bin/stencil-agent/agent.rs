@@ -298,13 +298,16 @@ impl Agent {
     fn finish(&mut self, id: SessionId) -> io::Result<()> {
         while let Some(session) = self.sessions.get_mut(id).filter(|session| !session.is_running()) {
             if let Some(ended) = session.is_over() {
-                self.sessions.remove(id);
-                return self.say(&ToHost::Exited {
+                self.say(&ToHost::Exited {
                     session: id,
                     end: ended.end,
                     timed_out: ended.timed_out,
                     took: ended.took,
-                });
+                })?;
+                // The host waits for it; what is left of a session takes its time.
+                self.link.flush();
+                self.sessions.remove(id);
+                return Ok(());
             }
             // One of them that waits for credit or room comes later.
             let open: Vec<Output> = session.readable().map(|(output, _)| output).collect();
