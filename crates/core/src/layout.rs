@@ -6,7 +6,7 @@
 //! <data>/instances/<id>/metadata.json
 //!                       vmm.sock  console.sock or console.tty  agent.sock or vsock.sock  console.log  vmm.log
 //!                       disk0.qcow2  disk0-0.qcow2  disk0-1.qcow2 ...
-//!                       snapshot/manifest.json      written last
+//!                       snapshot/manifest.json      put in place last
 //!                                config.json  state.json  memory-ranges
 //! <data>/instances/.new-<id>/       being made, or left by a crash
 //! <data>/instances/.del-<id>/       being removed, or left by a crash
@@ -264,6 +264,11 @@ impl SnapshotDir {
     #[must_use]
     pub fn manifest(&self) -> PathBuf {
         self.0.join(Self::MANIFEST)
+    }
+
+    /// The manifest of a snapshot that was prepared in this boot of the host, and is not there yet.
+    pub(crate) fn prepared_manifest(&self, boot: &str) -> PathBuf {
+        self.0.join(format!("manifest.prepared-{boot}"))
     }
 
     /// The manifest of a snapshot that was set aside.

@@ -11,6 +11,8 @@ use crate::state::State;
 pub enum SnapshotFacts {
     /// No manifest, so no snapshot, whatever else lies there.
     Absent,
+    /// It is to come into being when the VMM has closed the disks that go with it.
+    Prepared,
     /// Its manifest is understood, and every file that it lists is there with its size.
     Complete(SnapshotManifest),
     /// There is a manifest, and what it promises is not there.
@@ -134,6 +136,10 @@ fn asleep(metadata: &Metadata, snapshot: &SnapshotFacts) -> Observed {
         (SnapshotFacts::Absent, true) => {
             Observed::unknown("it is a template, and its snapshot is missing".to_owned())
         }
+        // Its memory would be lost if it were started, and its disks are not known to be what the memory goes with.
+        (SnapshotFacts::Prepared, _) => Observed::unknown(
+            "its standby has not ended; if it stays so, start the server anew, which ends it".to_owned(),
+        ),
         (SnapshotFacts::Complete(_), false) => Observed::sound(State::Standby),
         (SnapshotFacts::Complete(_), true) => Observed::sound(State::Template),
         (SnapshotFacts::Broken { reason }, _) => {

@@ -7,7 +7,8 @@
 //! - An instance is removed by one rename to `.del-<id>`; taking that apart is clean-up.
 //! - Metadata is replaced by one rename (`atomic`).
 //! - An image is made and removed likewise ([`NewImage`]), and stays as long as a record names it.
-//! - A snapshot exists from the rename of its manifest, which comes last, to that file's removal, which comes first.
+//! - A snapshot exists from the rename of its manifest, which comes last, to that file's removal, which comes first. One that was
+//!   prepared ([`Store::prepare_snapshot`]) is finished by that rename, as long as the host has not booted anew.
 //!
 //! What is left over is found by [`Store::leftovers`] when a server starts, and swept.
 //!
@@ -62,6 +63,8 @@ pub struct Scanned {
 #[derive(Debug)]
 pub struct Store {
     data: DataDir,
+    /// The host's boot, which has an id of its own.
+    boot: String,
     image_lock: images::Lock,
     _lock: Lock,
 }
@@ -83,8 +86,11 @@ impl Store {
         atomic::create_dir_all(&data.instances())?;
         atomic::create_dir_all(&data.templates())?;
         atomic::create_dir_all(&data.images())?;
+        let boot_id = Path::new("/proc/sys/kernel/random/boot_id");
+        let boot = fs::read_to_string(boot_id).while_trying("read", boot_id)?;
         Ok(Self {
             data,
+            boot: boot.trim_end().to_owned(),
             image_lock: images::Lock::default(),
             _lock: lock,
         })

@@ -27,10 +27,14 @@ impl Engine {
         metadata: Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        check_boot_files(&metadata.spec)?;
-        let metadata = self.end_vmm(slot, metadata).await?;
+        let spec = metadata.spec.clone();
+        self.with_files(move |_| check_boot_files(&spec)).await?;
+        let metadata = self.end_vmm(slot, metadata, Durability::Renamed).await?;
         let dir = self.dir(&slot.id);
-        disks::make_own(&dir, &metadata.spec)?;
+        if disks::are_written(&metadata.spec) {
+            let (dir, spec) = (dir.clone(), metadata.spec.clone());
+            self.with_files(move |_| disks::make_own(&dir, &spec)).await?;
+        }
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
         let _permit = self.turn_to_bring_up().await;
         let console_offset = size_of(&dir.console_log());
@@ -70,7 +74,7 @@ impl Engine {
         metadata: Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        let metadata = self.end_vmm(slot, metadata).await?;
+        let metadata = self.end_vmm(slot, metadata, Durability::Renamed).await?;
         if metadata.is_template {
             self.demote_now(slot, &metadata, stopwatch).await?;
         }
@@ -272,7 +276,12 @@ impl Engine {
 
     /// Ends the VMM, if there is one. It is first taken out of the record: a crash in between leaves a VMM that no
     /// record names, which the next server stops, and never an instance whose VMM seems to have failed.
-    pub(crate) async fn end_vmm(&self, slot: &Slot, metadata: Metadata) -> Result<Metadata, EngineError> {
+    pub(crate) async fn end_vmm(
+        &self,
+        slot: &Slot,
+        metadata: Metadata,
+        durability: Durability,
+    ) -> Result<Metadata, EngineError> {
         if metadata.vmm.is_none() {
             return Ok(metadata);
         }
@@ -280,7 +289,9 @@ impl Engine {
             vmm: None,
             ..metadata
         };
-        self.rewrite(&metadata, Durability::Renamed)?;
+        let record = metadata.clone();
+        self.on_disk(move |store| store.write(&record, durability))
+            .await?;
         self.stop_vmm(slot, &metadata).await?;
         Ok(metadata)
     }
@@ -317,7 +328,7 @@ impl SnapshotSource {
                 dir: dir.snapshot(),
                 manifest: manifest.clone(),
             }),
-            SnapshotFacts::Absent | SnapshotFacts::Broken { .. } => None,
+            SnapshotFacts::Absent | SnapshotFacts::Prepared | SnapshotFacts::Broken { .. } => None,
         }
     }
 }

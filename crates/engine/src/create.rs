@@ -23,7 +23,10 @@ impl Engine {
 
     async fn create_now(&self, request: CreateRequest) -> Result<Instance, EngineError> {
         let mut stopwatch = Stopwatch::start(Operation::Start);
-        let spec = self.admit(&request)?;
+        let engine = self.clone();
+        let (spec, request) = self
+            .with_files(move |_| Ok((engine.admit(&request)?, request)))
+            .await?;
         let id = InstanceId::generate();
         let reservation = self.reserve_for(id, request.name)?;
         let metadata = Metadata::new(
@@ -34,14 +37,13 @@ impl Engine {
             jiff::Timestamp::now(),
         );
         let made = metadata.clone();
-        self.on_disk(move |store| {
+        self.with_files(move |store| {
             let new = store.begin(id)?;
-            if let Err(failed) = disks::make_first(new.dir(), &made.spec) {
-                return Ok(Err(failed));
-            }
-            new.commit(&made, Durability::Synced).map(Ok)
+            disks::make_first(new.dir(), &made.spec)?;
+            disks::sync(new.dir(), &made.spec)?;
+            Ok(new.commit(&made, Durability::Synced)?)
         })
-        .await??;
+        .await?;
         let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if request.start

@@ -11,6 +11,9 @@
 //!
 //! Layers are made, linked and looked at under the instance's lock, while it has no VMM: exclusively to write, side by side to
 //! be forked. A crash at any step leaves the disk's content as it was.
+//!
+//! Where an instance's record is to survive a power loss, so are its layers, before the record and before the snapshot that they
+//! go with ([`sync`], [`close`]). All of this waits for the disk: it is done off the async threads.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -22,6 +25,11 @@ use stencil_core::{DiskFormat, DiskSpec, InstanceDir, VmSpec};
 use crate::EngineError;
 use crate::admission::{check_disk, utf8};
 use crate::disk_image::{is_open, layer_size, make_layer};
+
+/// Whether there are layers: disks that the guest writes, and that its memory goes with.
+pub(crate) fn are_written(spec: &VmSpec) -> bool {
+    written(spec).next().is_some()
+}
 
 /// The first layers of a new instance, on its bases.
 pub(crate) fn make_first(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
@@ -35,6 +43,7 @@ pub(crate) fn make_first(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineE
 
 /// Sees that nobody else has the layers that the guest is going to write.
 pub(crate) fn make_own(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
+    let mut is_new = false;
     for (disk, _) in written(spec) {
         let path = dir.disk(disk);
         let names = fs::metadata(&path)
@@ -44,9 +53,11 @@ pub(crate) fn make_own(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineErr
             let layer = last_layer(dir, disk)?;
             link(&path, &dir.frozen_disk(disk, layer))?;
             put_on(dir, disk, layer)?;
+            is_new = true;
         }
     }
-    Ok(())
+    // What the guest has written down in them must not go with their names.
+    if is_new { sync(dir, spec) } else { Ok(()) }
 }
 
 /// The layers of a fork in `to`, of an instance in `from` whose guest does not write.
@@ -62,26 +73,43 @@ pub(crate) fn fork(from: &InstanceDir, to: &InstanceDir, spec: &VmSpec) -> Resul
     Ok(())
 }
 
-/// Makes what the guest wrote survive a power loss, after its VMM has ended.
-///
-/// # Errors
-/// [`EngineError::DiskLost`] if the VMM did not write down what it had in memory.
-pub(crate) fn close(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
+/// Makes all layers survive a power loss, with what they hold by now and with their names.
+pub(crate) fn sync(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
+    let sync_one = |path: &Path| {
+        let file = File::open(path);
+        file.and_then(|file| file.sync_all())
+            .map_err(EngineError::io("sync", path))
+    };
     for (disk, _) in written(spec) {
-        let path = dir.disk(disk);
-        let closed = File::open(&path).and_then(|file| {
-            file.sync_all()?;
-            is_open(&path).map(|open| !open)
-        });
-        if !closed.map_err(EngineError::io("sync", &path))? {
-            return Err(EngineError::DiskLost(disk));
+        for layer in 0..last_layer(dir, disk)? {
+            sync_one(&dir.frozen_disk(disk, layer))?;
         }
+        sync_one(&dir.disk(disk))?;
+    }
+    if are_written(spec) {
+        sync_one(dir.path())?;
     }
     Ok(())
 }
 
-/// That the disks are as their snapshot has them, as far as they tell: a power loss amid a standby may have come before what
-/// the VMM had in memory was written down.
+/// Makes what the guest wrote survive a power loss, after its VMM has ended.
+///
+/// # Errors
+/// [`EngineError::DiskLost`] if the VMM or the host did not write down all of it. Any other error tells nothing about the disk.
+pub(crate) fn close(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
+    for (disk, _) in written(spec) {
+        let path = dir.disk(disk);
+        let file = File::open(&path).map_err(EngineError::io("read", &path))?;
+        // The kernel tells once that something could not be written: asked again, it would say that all is well.
+        if let Err(error) = file.sync_all() {
+            tracing::error!(path = %path.display(), %error, "a disk could not be written down");
+            return Err(EngineError::DiskLost(disk));
+        }
+    }
+    check_closed(dir, spec)
+}
+
+/// That the disks are as their snapshot has them, as far as they tell: that their VMM has written down what it had in memory.
 ///
 /// # Errors
 /// [`EngineError::DiskLost`] if they are not.

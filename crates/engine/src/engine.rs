@@ -147,9 +147,18 @@ impl Engine {
         T: Send + 'static,
         F: FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     {
+        self.with_files(|store| Ok(work(store)?)).await
+    }
+
+    /// The same of work with other files, too.
+    pub(crate) async fn with_files<T, F>(&self, work: F) -> Result<T, EngineError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Store) -> Result<T, EngineError> + Send + 'static,
+    {
         let inner = Arc::clone(&self.inner);
         match tokio::task::spawn_blocking(move || work(&inner.store)).await {
-            Ok(done) => Ok(done?),
+            Ok(done) => done,
             // The closure cannot be cancelled, so the join fails only by its panic, which goes on here.
             Err(failed) => std::panic::resume_unwind(failed.into_panic()),
         }

@@ -105,9 +105,9 @@ pub enum EngineError {
         /// The name of this host's.
         here: String,
     },
-    /// The VMM ended without writing down what its guest had written, so that a snapshot would not fit the disk.
+    /// The VMM ended without all that its guest had written being written down, so that a snapshot would not fit the disk.
     #[error(
-        "the VMM ended before it had written down disk {0}, so the snapshot is thrown away; start the instance: its guest finds its disk as after a power loss"
+        "disk {0} was not written down as a whole when the VMM ended, so a snapshot is of no use; stop the instance if it is on standby, and start it: its guest finds its disk as after a power loss"
     )]
     DiskLost(usize),
     /// The data directory could not be read or written.

@@ -256,22 +256,20 @@ impl Engine {
         stopwatch.lap("decide");
         let made = metadata.clone();
         let (from, keeps_disks) = (self.dir(&base.source.id), base.plan.keeps_disks);
-        self.on_disk(move |store| {
+        self.with_files(move |store| {
             let new = store.begin(made.id)?;
-            let disks = if keeps_disks {
-                disks::fork(&from, new.dir(), &made.spec)
+            if keeps_disks {
+                disks::fork(&from, new.dir(), &made.spec)?;
             } else {
-                disks::make_first(new.dir(), &made.spec)
-            };
-            if let Err(failed) = disks {
-                return Ok(Err(failed));
+                disks::make_first(new.dir(), &made.spec)?;
             }
+            disks::sync(new.dir(), &made.spec)?;
             if let Some(snapshot) = snapshot {
                 new.link_snapshot(&snapshot.dir, &snapshot.manifest)?;
             }
-            new.commit(&made, Durability::Synced).map(Ok)
+            Ok(new.commit(&made, Durability::Synced)?)
         })
-        .await??;
+        .await?;
         let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
         if base.plan.target == State::Running

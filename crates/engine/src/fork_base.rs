@@ -98,8 +98,9 @@ impl Engine {
                 Some(self.inner.store.snapshot(&source.id))
             }
         };
-        if snapshot.is_some() {
-            disks::check_closed(&dir, &seen.metadata.spec)?;
+        if snapshot.is_some() && disks::are_written(&seen.metadata.spec) {
+            let (dir, spec) = (dir.clone(), seen.metadata.spec.clone());
+            self.with_files(move |_| disks::check_closed(&dir, &spec)).await?;
         }
         let snapshot = match snapshot {
             None => None,

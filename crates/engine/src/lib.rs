@@ -38,6 +38,11 @@
 //! first taken out of the record and then stopped. So whenever the server dies, an instance is as it was before the
 //! operation or as it is after it, and a VMM that no record names is a leftover that [`Engine::open`] stops.
 //!
+//! A snapshot and the disks that it goes with are one thing: the snapshot exists when the VMM has closed the disks and they are
+//! synced. Up to the end of the VMM a standby that fails leaves the VM. From there on the memory is nowhere else, so the snapshot
+//! is *prepared* before, and is finished by the next server if this one dies or cannot put it in place; until then the instance is
+//! Unknown, and nothing can be done to it that would lose its memory. A power loss in that moment is a power loss for the guest.
+//!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;

@@ -49,12 +49,23 @@ impl Engine {
         hot_pages: &HotPagesUse,
         stopwatch: &mut Stopwatch,
     ) -> Result<PreparedFork, EngineError> {
-        let new = self.inner.store.begin(id)?;
-        disks::fork(&self.dir(&base.source.id), new.dir(), &base.metadata.spec)?;
+        let spec = &base.metadata.spec;
+        // Without disks it is one mkdir, which is sooner done than given to another thread.
+        let new = if disks::are_written(spec) {
+            let (from, spec) = (self.dir(&base.source.id), spec.clone());
+            self.with_files(move |store| {
+                let new = store.begin(id)?;
+                disks::fork(&from, new.dir(), &spec)?;
+                Ok(new)
+            })
+            .await?
+        } else {
+            self.inner.store.begin(id)?
+        };
         let generation = VmGeneration::random();
         let machine = Machine {
             id,
-            hypervisor: &base.metadata.spec.hypervisor,
+            hypervisor: &spec.hypervisor,
             generation: &generation,
             memory_mode: base.plan.memory_mode,
             began: EpochKind::Fork,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
-use stencil_core::{Metadata, ProcessIdentity, error_chain};
+use stencil_core::{InstanceId, Metadata, ProcessIdentity, VmSpec, error_chain};
 use stencil_vmm::{VmmProcess, stray_processes};
 
 use crate::registry::Slot;
@@ -13,13 +13,17 @@ use crate::{Engine, EngineError};
 impl Engine {
     /// Returns the templates.
     pub(crate) async fn reconcile(&self) -> Result<Vec<Arc<Slot>>, EngineError> {
-        let (mut recorded, mut templates) = (HashSet::new(), Vec::new());
+        let (mut recorded, mut templates, mut prepared) = (HashSet::new(), Vec::new(), Vec::new());
         for found in self.on_disk(stencil_core::Store::scan).await? {
             match found.metadata {
                 Ok(metadata) => {
                     recorded.extend(metadata.vmm.as_ref().map(|record| record.process.clone()));
                     let is_template = metadata.is_template;
+                    let spec = metadata.spec.clone();
                     let slot = self.reattach(metadata);
+                    if slot.vmm().is_none() && self.inner.store.is_snapshot_prepared(&slot.id) {
+                        prepared.push((slot.id, spec));
+                    }
                     templates.extend(is_template.then_some(slot));
                 }
                 Err(error) => {
@@ -42,6 +46,9 @@ impl Engine {
             );
         }
         join_all(strays.iter().map(|process| self.end_stray(process))).await;
+        for (id, spec) in prepared {
+            self.end_standby(id, spec).await;
+        }
         let swept = self
             .on_disk(|store| {
                 let leftovers = store.leftovers()?;
@@ -56,6 +63,21 @@ impl Engine {
             );
         }
         Ok(templates)
+    }
+
+    /// Ends a standby that was interrupted when nothing was left to do but to close its disks: its VM has not run since, and the
+    /// host has not booted anew.
+    async fn end_standby(&self, id: InstanceId, spec: VmSpec) {
+        if self.inner.registry.has_lost_a_vmm() {
+            tracing::error!(instance = %id, "its standby cannot be ended: it is not certain that its VMM has closed its disks");
+            return;
+        }
+        match self.finish_standby(id, spec).await {
+            Ok(()) => tracing::warn!(instance = %id, "ended its standby, which was interrupted"),
+            Err(error) => {
+                tracing::error!(instance = %id, error = error_chain(&error), "its standby was interrupted and could not be ended");
+            }
+        }
     }
 
     fn reattach(&self, metadata: Metadata) -> Arc<Slot> {

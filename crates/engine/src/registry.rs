@@ -204,9 +204,14 @@ impl Registry {
         self.lost_a_vmm.store(true, Ordering::Relaxed);
     }
 
+    /// Whether a VMM may be there that no slot has.
+    pub(crate) fn has_lost_a_vmm(&self) -> bool {
+        self.lost_a_vmm.load(Ordering::Relaxed)
+    }
+
     /// Whether the instance may have a VMM that its slot does not have.
     pub(crate) fn may_have_lost_vmm(&self, slot: &Slot) -> bool {
-        slot.name.is_none() || self.lost_a_vmm.load(Ordering::Relaxed)
+        slot.name.is_none() || self.has_lost_a_vmm()
     }
 
     /// The instance that `reference` means: an id, an exact name, or a prefix that only one id has; in this order.

@@ -1,10 +1,12 @@
 //! A VM is stopped and goes on: pause and resume, to disk (standby) and back (restore).
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use stencil_core::{
-    EpochKind, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State, error_chain,
+    Durability, EpochKind, InstanceId, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State,
+    VmSpec, error_chain,
 };
 
 use crate::bring_up::{Machine, SnapshotSource};
@@ -36,12 +38,19 @@ impl Engine {
         metadata: &Metadata,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        let (store, id) = (&self.inner.store, slot.id);
-        store.spend_snapshot(&id)?;
+        let id = slot.id;
+        // What the guest writes to its disks may survive a power loss: the snapshot must not come back beside that.
+        let durability = if disks::are_written(&metadata.spec) {
+            Durability::Synced
+        } else {
+            Durability::Renamed
+        };
+        self.on_disk(move |store| store.spend_snapshot(&id, durability))
+            .await?;
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
         if let Err(failed) = self.ask(slot, hypervisor.resume(&self.dir(&id))).await {
             if failed.was_refused() {
-                store.regain_snapshot(&id)?;
+                self.on_disk(move |store| store.regain_snapshot(&id)).await?;
             }
             return Err(failed);
         }
@@ -49,12 +58,15 @@ impl Engine {
         if let Some(link) = slot.vmm().as_ref().and_then(|running| running.agent.as_ref()) {
             link.hurry();
         }
-        store.discard_snapshot(&id)?;
+        self.on_disk(move |store| store.discard_snapshot(&id)).await?;
         stopwatch.lap("resume");
         Ok(())
     }
 
     /// Writes a running or paused VM to disk and ends its VMM. If the snapshot fails, the VM is as it was.
+    ///
+    /// Without disks the snapshot is there before the VMM is ended. With disks it is prepared then, and is there when the VMM has
+    /// closed them and what they hold is synced: a power loss never leaves a snapshot beside older disks.
     pub(crate) async fn suspend(
         &self,
         slot: &Arc<Slot>,
@@ -76,20 +88,28 @@ impl Engine {
             }
             return Err(failed);
         }
-        let metadata = self.end_vmm(slot, metadata).await?;
+        let metadata = self.end_vmm(slot, metadata, Durability::Synced).await?;
         stopwatch.lap("stop");
-        if !metadata.spec.disks.is_empty() {
-            let (dir, id) = (self.dir(&slot.id), slot.id);
-            let closed = self
-                .on_disk(move |_| Ok(disks::close(&dir, &metadata.spec)))
-                .await?;
-            if let Err(lost) = closed {
-                self.on_disk(move |store| store.discard_snapshot(&id)).await?;
-                return Err(lost);
-            }
+        if disks::are_written(&metadata.spec) {
+            self.finish_standby(slot.id, metadata.spec).await?;
             stopwatch.lap("disks");
         }
         Ok(())
+    }
+
+    /// Lets a snapshot exist that was prepared, now that its VMM has closed the disks that go with it. One whose disks are not what
+    /// it goes with is thrown away; after any other error it stays prepared, and the next server tries again.
+    pub(crate) async fn finish_standby(&self, id: InstanceId, spec: VmSpec) -> Result<(), EngineError> {
+        let dir = self.dir(&id);
+        self.with_files(move |store| match disks::close(&dir, &spec) {
+            Ok(()) => Ok(store.finish_snapshot(&id)?),
+            Err(lost @ EngineError::DiskLost(_)) => {
+                store.discard_snapshot(&id)?;
+                Err(lost)
+            }
+            Err(failed) => Err(failed),
+        })
+        .await
     }
 
     /// Stops the users' processes first, so that none of them runs in a fork before the fork is a machine of its own. A VM that
@@ -127,9 +147,13 @@ impl Engine {
         };
         let dir = self.dir(&slot.id);
         let snapshot = dir.snapshot();
-        // What an earlier attempt left is in the way: a snapshot is written into an empty directory.
-        self.inner.store.discard_snapshot(&slot.id)?;
-        std::fs::create_dir(snapshot.path()).map_err(EngineError::io("make", snapshot.path()))?;
+        let (id, path) = (slot.id, snapshot.path().to_owned());
+        self.with_files(move |store| {
+            // What an earlier attempt left is in the way: a snapshot is written into an empty directory.
+            store.discard_snapshot(&id)?;
+            fs::create_dir(&path).map_err(EngineError::io("make", path))
+        })
+        .await?;
         self.ask(slot, hypervisor.snapshot(&dir, &snapshot)).await?;
         stopwatch.lap("snapshot");
         let manifest = SnapshotManifest {
@@ -149,8 +173,16 @@ impl Engine {
                 .collect::<Result<_, EngineError>>()?,
             other: serde_json::Map::new(),
         };
-        self.on_disk(move |store| store.complete_snapshot(&snapshot, &manifest))
-            .await?;
+        let spec = metadata.spec.clone();
+        self.with_files(move |store| {
+            if !disks::are_written(&spec) {
+                return Ok(store.complete_snapshot(&snapshot, &manifest)?);
+            }
+            // Once more when they are closed; but most of it now, and what is in the way of it shows while the VM can go on.
+            disks::sync(&dir, &spec)?;
+            Ok(store.prepare_snapshot(&snapshot, &manifest)?)
+        })
+        .await?;
         stopwatch.lap("sync");
         Ok(())
     }
@@ -165,8 +197,14 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
-        disks::check_closed(&dir, &metadata.spec)?;
-        disks::make_own(&dir, &metadata.spec)?;
+        if disks::are_written(&metadata.spec) {
+            let (dir, spec) = (dir.clone(), metadata.spec.clone());
+            self.with_files(move |_| {
+                disks::check_closed(&dir, &spec)?;
+                disks::make_own(&dir, &spec)
+            })
+            .await?;
+        }
         let permit = self.turn_to_bring_up().await;
         let machine = Machine {
             id: slot.id,
@@ -208,7 +246,5 @@ async fn thaw(slot: &Slot) {
 
 /// The size in bytes of a file that must be there.
 fn file_size(path: &Path) -> Result<u64, EngineError> {
-    Ok(std::fs::metadata(path)
-        .map_err(EngineError::io("read", path))?
-        .len())
+    Ok(fs::metadata(path).map_err(EngineError::io("read", path))?.len())
 }

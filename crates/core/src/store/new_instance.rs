@@ -83,7 +83,7 @@ impl NewInstance {
             files: manifest.files.clone(),
             other: serde_json::Map::new(),
         };
-        snapshot::complete(&to, &own)?;
+        snapshot::complete(&to, &own, &to.manifest())?;
         Ok(own)
     }
 

@@ -1,4 +1,8 @@
-//! Snapshots on disk: complete with their manifest, which is written last and removed first.
+//! Snapshots on disk: complete with their manifest, which is put in place last and removed first.
+//!
+//! Where disks go with the memory, the manifest is prepared first, under a name that has the host's boot in it, and put in place
+//! by one rename when the disks are closed and synced. A snapshot that is prepared is kept for that, also over a crash of the
+//! server, and is no snapshot yet. After a power loss it is none for ever: what the disks hold then is not known.
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
@@ -14,14 +18,17 @@ use crate::store::error::{IoContext, StoreError};
 use crate::store::{Durability, Store, atomic};
 
 impl Store {
-    /// What is on disk of an instance's snapshot. Everything but a missing manifest and a snapshot that is all there
-    /// is [`SnapshotFacts::Broken`], with the reason.
+    /// What is on disk of an instance's snapshot. Everything but a missing or prepared manifest and a snapshot that is all
+    /// there is [`SnapshotFacts::Broken`], with the reason.
     #[must_use]
     pub fn snapshot(&self, id: &InstanceId) -> SnapshotFacts {
         let dir = self.data.instance(id).snapshot();
         let broken = |reason| SnapshotFacts::Broken { reason };
         let manifest = match atomic::read(&dir.manifest()) {
             Ok(bytes) => SnapshotManifest::from_json(&bytes),
+            Err(error) if error.kind() == ErrorKind::NotFound && self.is_snapshot_prepared(id) => {
+                return SnapshotFacts::Prepared;
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => return SnapshotFacts::Absent,
             Err(error) => return broken(format!("its manifest cannot be read: {error}")),
         };
@@ -46,19 +53,67 @@ impl Store {
         manifest: &SnapshotManifest,
     ) -> Result<(), StoreError> {
         verify(dir, manifest)?;
-        complete(dir, manifest)
+        complete(dir, manifest, &dir.manifest())?;
+        self.sync_above(dir)
+    }
+
+    /// Does all of [`Store::complete_snapshot`] but to let the snapshot exist, which is left to
+    /// [`Store::finish_snapshot`]: it can be asked for until the host boots anew.
+    ///
+    /// # Errors
+    /// As [`Store::complete_snapshot`]; the snapshot is then not prepared, except where only the last sync failed.
+    pub fn prepare_snapshot(&self, dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(), StoreError> {
+        verify(dir, manifest)?;
+        complete(dir, manifest, &dir.prepared_manifest(&self.boot))
+    }
+
+    /// Whether an instance's snapshot was prepared since the host booted, and is neither finished nor discarded.
+    #[must_use]
+    pub fn is_snapshot_prepared(&self, id: &InstanceId) -> bool {
+        let dir = self.data.instance(id).snapshot();
+        fs::symlink_metadata(dir.prepared_manifest(&self.boot)).is_ok()
+    }
+
+    /// Lets a snapshot exist that was prepared. When this returns, it survives a power loss.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]. It then is prepared as before, except where only the last sync failed.
+    pub fn finish_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let dir = self.data.instance(id).snapshot();
+        fs::rename(dir.prepared_manifest(&self.boot), dir.manifest())
+            .while_trying("put in place", &dir.manifest())?;
+        atomic::sync_dir(dir.path())?;
+        self.sync_above(&dir)
+    }
+
+    /// Makes the names survive a power loss of the directories in which a snapshot lies.
+    fn sync_above(&self, dir: &SnapshotDir) -> Result<(), StoreError> {
+        dir.path().parent().map_or(Ok(()), atomic::sync_dir)?;
+        atomic::sync_dir(&self.data.instances())
     }
 
     /// Sets an instance's snapshot aside: it does not exist any more, and can be brought back as long as it is not
-    /// discarded. For the moment in which a VM that was restored from it begins to run.
+    /// discarded. For the moment in which a VM that was restored from it begins to run. One that was only prepared is gone.
     ///
     /// # Errors
-    /// [`StoreError::Io`]; then it exists.
-    pub fn spend_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
+    /// [`StoreError::Io`]; then it exists, except where only the sync failed.
+    pub fn spend_snapshot(&self, id: &InstanceId, durability: Durability) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
+        self.forget_prepared(&dir)?;
         match fs::rename(dir.manifest(), dir.spent_manifest()) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).while_trying("set aside", &dir.manifest())
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).while_trying("set aside", &dir.manifest()),
+            Ok(()) if durability == Durability::Synced => atomic::sync_dir(dir.path()),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// No sync: after a power loss it is none anyway.
+    fn forget_prepared(&self, dir: &SnapshotDir) -> Result<(), StoreError> {
+        let prepared = dir.prepared_manifest(&self.boot);
+        match fs::remove_file(&prepared) {
+            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                Err(error).while_trying("remove", &prepared)
             }
             _ => Ok(()),
         }
@@ -84,6 +139,7 @@ impl Store {
     /// [`StoreError::Io`]. If it fails half-way, there is no snapshot any more.
     pub fn discard_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
+        self.forget_prepared(&dir)?;
         match fs::remove_file(dir.manifest()) {
             Ok(()) => atomic::sync_dir(dir.path())?,
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -103,8 +159,12 @@ pub(super) fn verify(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(
     })
 }
 
-/// Syncs the files of a snapshot and writes its manifest.
-pub(super) fn complete(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(), StoreError> {
+/// Syncs the files of a snapshot and writes its manifest, as the file at `path` in it.
+pub(super) fn complete(
+    dir: &SnapshotDir,
+    manifest: &SnapshotManifest,
+    path: &Path,
+) -> Result<(), StoreError> {
     let memory = dir.memory_ranges();
     fs::set_permissions(&memory, Permissions::from_mode(0o400)).while_trying("make read-only", &memory)?;
     for name in manifest.files.keys() {
@@ -116,9 +176,7 @@ pub(super) fn complete(dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result
     })?;
     // The names of the files, before the manifest says that they are there.
     atomic::sync_dir(dir.path())?;
-    atomic::replace(&dir.manifest(), &bytes, Durability::Synced)?;
-    // And the name of the snapshot's directory.
-    dir.path().parent().map_or(Ok(()), atomic::sync_dir)
+    atomic::replace(path, &bytes, Durability::Synced)
 }
 
 /// What is wrong with a snapshot, if anything.

@@ -155,6 +155,55 @@ fn while_a_snapshot_is_written_there_is_none() {
 }
 
 #[test]
+fn a_snapshot_that_was_prepared_is_finished_after_a_crash_and_not_after_a_power_loss() {
+    let (_scratch, store) = given::store();
+    let metadata = given::record("web");
+    let snapshot = given::instance(&store, &metadata).snapshot();
+    let manifest = given::snapshot_files(&snapshot);
+    store.prepare_snapshot(&snapshot, &manifest).unwrap();
+    assert_eq!(store.snapshot(&metadata.id), SnapshotFacts::Prepared);
+    let (store, swept) = start_again(store);
+    assert!(swept.is_empty(), "{swept:?}");
+    assert!(store.is_snapshot_prepared(&metadata.id));
+
+    // The next boot has another id.
+    let prepared = names(snapshot.path())
+        .into_iter()
+        .find(|name| name.starts_with("manifest.prepared-"))
+        .unwrap();
+    let (here, elsewhere) = (
+        snapshot.path().join(&prepared),
+        snapshot.path().join("manifest.prepared-0"),
+    );
+    fs::rename(&here, &elsewhere).unwrap();
+    assert_eq!(store.snapshot(&metadata.id), SnapshotFacts::Absent);
+    assert!(store.finish_snapshot(&metadata.id).is_err());
+    fs::rename(&elsewhere, &here).unwrap();
+
+    store.finish_snapshot(&metadata.id).unwrap();
+    assert_eq!(store.snapshot(&metadata.id), SnapshotFacts::Complete(manifest));
+    assert!(!store.is_snapshot_prepared(&metadata.id));
+}
+
+#[test]
+fn what_was_prepared_goes_with_a_vm_that_runs_on_and_with_what_is_discarded() {
+    let steps: [fn(&Store, &Metadata); 2] = [
+        |store, metadata| store.spend_snapshot(&metadata.id, Durability::Synced).unwrap(),
+        |store, metadata| store.discard_snapshot(&metadata.id).unwrap(),
+    ];
+    for step in steps {
+        let (_scratch, store) = given::store();
+        let metadata = given::record("web");
+        let snapshot = given::instance(&store, &metadata).snapshot();
+        let manifest = given::snapshot_files(&snapshot);
+        store.prepare_snapshot(&snapshot, &manifest).unwrap();
+        step(&store, &metadata);
+        store.regain_snapshot(&metadata.id).unwrap();
+        assert_eq!(store.snapshot(&metadata.id), SnapshotFacts::Absent);
+    }
+}
+
+#[test]
 fn while_a_snapshot_is_discarded_there_is_none() {
     for gone in [
         &["manifest.json"][..],

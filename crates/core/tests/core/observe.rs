@@ -68,6 +68,15 @@ fn without_a_vmm_the_snapshot_tells() {
 }
 
 #[test]
+fn a_standby_that_has_not_ended_is_neither_standby_nor_stopped() {
+    let error = Some("its standby has not ended; if it stays so, start the server anew, which ends it");
+    let prepared = &SnapshotFacts::Prepared;
+    assert_derives(&instance(), prepared, &VmmFacts::None, State::Unknown, error);
+    let paused = &up(VmPhase::Paused, true);
+    assert_derives(&instance(), prepared, paused, State::Paused, None);
+}
+
+#[test]
 fn a_template_without_its_snapshot_is_unknown() {
     let error = Some("it is a template, and its snapshot is missing");
     assert_derives(
@@ -175,7 +184,12 @@ fn a_template_with_a_vmm_is_unknown() {
 }
 
 fn any_snapshot() -> impl Strategy<Value = SnapshotFacts> {
-    prop_oneof![Just(SnapshotFacts::Absent), Just(complete()), Just(broken())]
+    prop_oneof![
+        Just(SnapshotFacts::Absent),
+        Just(SnapshotFacts::Prepared),
+        Just(complete()),
+        Just(broken())
+    ]
 }
 
 fn any_vmm() -> impl Strategy<Value = VmmFacts> {

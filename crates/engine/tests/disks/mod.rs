@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
@@ -22,7 +22,7 @@ impl House {
     }
 
     /// A base of which every byte is 0xbb, and an instance on it.
-    async fn with_disk(&self, name: &str) {
+    pub(crate) async fn with_disk(&self, name: &str) {
         fs::write(self.base(), vec![0xbb; DISK_BYTES]).unwrap();
         let request = CreateRequest {
             disks: vec![DiskRequest {
@@ -41,7 +41,7 @@ impl House {
         self.engine.promote(name, None).await.unwrap();
     }
 
-    async fn dir(&self, name: &str) -> InstanceDir {
+    pub(crate) async fn dir(&self, name: &str) -> InstanceDir {
         let id = self.engine.get(name).await.unwrap().id;
         InstanceDir::new(self.metadata_path(&id).parent().unwrap())
     }
@@ -52,19 +52,19 @@ impl House {
         FormatAccess::new(disk.open(PermissiveImplicitOpenGate::default()).unwrap())
     }
 
-    async fn write(&self, name: &str, place: u64, what: &[u8; 8]) {
+    pub(crate) async fn write(&self, name: &str, place: u64, what: &[u8; 8]) {
         let disk = self.disk(name, true).await;
         disk.write(&what[..], place).unwrap();
         disk.flush().unwrap();
     }
 
-    async fn read(&self, name: &str, place: u64) -> [u8; 8] {
+    pub(crate) async fn read(&self, name: &str, place: u64) -> [u8; 8] {
         let mut found = [0; 8];
         self.disk(name, false).await.read(&mut found[..], place).unwrap();
         found
     }
 
-    async fn layers(&self, name: &str) -> Vec<String> {
+    pub(crate) async fn layers(&self, name: &str) -> Vec<String> {
         let entries = fs::read_dir(self.dir(name).await.path()).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut layers: Vec<String> = names.filter(|name| name.contains("disk")).collect();
@@ -72,10 +72,16 @@ impl House {
         layers
     }
 
-    async fn fork_now(&self, source: &str) -> Result<String, EngineError> {
+    pub(crate) async fn fork_now(&self, source: &str) -> Result<String, EngineError> {
         let fork = self.engine.fork(source, None, ForkRequest::default()).await?;
         Ok(fork.name.unwrap().to_string())
     }
+}
+
+/// As a VMM leaves a layer that did not close it: with the mark of qcow2 for an image that is open.
+pub(crate) fn leave_open(layer: &Path) {
+    let layer = File::options().write(true).open(layer).unwrap();
+    layer.write_all_at(&[1], 79).unwrap();
 }
 
 #[tokio::test]
@@ -236,12 +242,7 @@ async fn a_crash_between_a_frozen_layer_and_the_next_costs_nothing() {
 async fn a_vmm_that_did_not_write_down_a_disk_costs_the_snapshot_and_no_more() {
     let house = House::new().await;
     house.with_disk("web").await;
-    // The mark of qcow2 for an image that is open.
-    let layer = File::options()
-        .write(true)
-        .open(house.dir("web").await.disk(0))
-        .unwrap();
-    layer.write_all_at(&[1], 79).unwrap();
+    leave_open(&house.dir("web").await.disk(0));
     let lost = house.engine.standby("web").await.unwrap_err();
     assert!(matches!(lost, EngineError::DiskLost(0)), "{lost:?}");
     assert_eq!(house.engine.get("web").await.unwrap().state, State::Stopped);

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -25,7 +26,9 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-#[derive(Debug, Default)]
+type AsItEnds = Box<dyn FnMut(&InstanceDir) + Send>;
+
+#[derive(Default)]
 pub(crate) struct Scripted {
     phases: Mutex<HashMap<OsString, VmPhase>>,
     failing: Mutex<Option<(&'static str, u32)>>,
@@ -39,9 +42,22 @@ pub(crate) struct Scripted {
     version: Mutex<Option<&'static str>>,
     /// Where the guest's ends of streams to agents go; without, guests have no port for one.
     guests: Mutex<Option<mpsc::UnboundedSender<UnixStream>>>,
+    /// What a VMM still does when it is to end.
+    as_it_ends: Mutex<Option<AsItEnds>>,
+}
+
+impl fmt::Debug for Scripted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scripted")
+    }
 }
 
 impl Scripted {
+    /// What each VMM does from now on when it is to end.
+    pub(crate) fn as_it_ends(&self, does: impl FnMut(&InstanceDir) + Send + 'static) {
+        *self.as_it_ends.lock().unwrap() = Some(Box::new(does));
+    }
+
     /// The next calls of this name fail.
     pub(crate) fn fail(&self, call: &'static str) {
         self.fail_times(call, u32::MAX);
@@ -248,8 +264,11 @@ impl Hypervisor for Scripted {
         None
     }
 
-    async fn stop(&self, _: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
+    async fn stop(&self, dir: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {
         self.call("stop")?;
+        if let Some(does) = &mut *self.as_it_ends.lock().unwrap() {
+            does(dir);
+        }
         Ok(process.terminate().await?)
     }
 }
