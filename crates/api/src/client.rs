@@ -199,7 +199,7 @@ impl Client {
     /// `POST /instances/{id}/promote-template`
     ///
     /// # Errors
-    /// [`ClientError`]; refused with `invalid_state` or `invalid_request`.
+    /// [`ClientError`]; refused with `invalid_state`, `invalid_request` or `guest_not_frozen`.
     pub async fn promote(&self, id: &str, asked: &PromoteTemplate) -> Result<Instance> {
         self.tell(Method::POST, &instance(id, "/promote-template"), asked)
             .await
@@ -232,7 +232,8 @@ impl Client {
     /// `POST /instances/{id}/fork`
     ///
     /// # Errors
-    /// [`ClientError`]; refused with `invalid_state`, `invalid_request`, `name_conflict` or `insufficient_resources`.
+    /// [`ClientError`]; refused with `invalid_state`, `guest_not_frozen`, `invalid_request`, `name_conflict` or
+    /// `insufficient_resources`.
     pub async fn fork(&self, id: &str, asked: &ForkOne) -> Result<Instance> {
         self.tell(Method::POST, &instance(id, "/fork"), asked).await
     }

@@ -162,6 +162,9 @@ fn refused(refusal: &Refusal) -> ApiError {
                 .with("target_state", target.to_string())
                 .with("allowed", texts(allowed))
         }
+        Refusal::NotFrozen { operation, .. } => {
+            ApiError::conflict(code, message).with("operation", operation.to_string())
+        }
     }
 }
 
@@ -309,6 +312,11 @@ mod tests {
                 source_state: State::Stopped,
                 target: State::Paused,
                 allowed: &[State::Stopped, State::Running],
+            }
+            .into(),
+            Refusal::NotFrozen {
+                operation: Operation::Promote,
+                state: State::Standby,
             }
             .into(),
             Shortage {

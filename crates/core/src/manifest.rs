@@ -31,6 +31,10 @@ pub struct SnapshotManifest {
     pub memory_generation: MemoryGeneration,
     /// The size of the guest's memory in bytes.
     pub memory_bytes: u64,
+    /// Whether the guest's agent had stopped its users' processes, none of which then runs in a fork before that is a machine of its
+    /// own; absent where the guest was not known to have an agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<bool>,
     /// Every file of it with its size in bytes. [`SnapshotManifest::REQUIRED`] are always among them.
     pub files: BTreeMap<String, u64>,
     /// Fields that this version does not know.

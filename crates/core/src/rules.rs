@@ -16,7 +16,7 @@
 //! | exec | Running |  |  |
 //! | delete |  | every state |  |
 //!
-//! Everything else is refused. [`fork()`] has a table of its own.
+//! Everything else is refused. [`fork()`] has a table of its own, and [`check_frozen`] says which snapshots forks are made of.
 
 mod fork;
 mod refusal;
@@ -29,7 +29,7 @@ use crate::metadata::Metadata;
 use crate::name::InstanceName;
 use crate::state::State;
 
-pub use fork::{ForkFrom, ForkPlan, ForkRequest, fork, fork_metadata};
+pub use fork::{ForkFrom, ForkPlan, ForkRequest, check_frozen, fork, fork_metadata};
 pub use refusal::Refusal;
 pub(crate) use refusal::some_of;
 

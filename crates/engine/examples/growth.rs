@@ -153,6 +153,7 @@ fn fill(scratch: &Path, size: u32) -> Result<InstanceId, Failed> {
             host_cpu: None,
             memory_generation: MemoryGeneration::random(),
             memory_bytes: metadata.spec.memory_bytes,
+            frozen: None,
             files: files.iter().filter_map(name_of).collect(),
             other: serde_json::Map::new(),
         };

@@ -41,7 +41,7 @@ pub use self::session::{ExecEvent, ExecEvents, ExecInput, ExecSession, Exited, S
 
 /// How many things can be asked of a link before it has looked at them.
 const ASKS: usize = 32;
-/// How long a guest may take to stop its processes before a snapshot. Then it is made all the same. The
+/// How long a guest may take to stop its processes before a snapshot. Then it is made all the same, and no forks of it. The
 /// agent gives up earlier (1.5 s).
 const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -136,6 +136,12 @@ impl AgentLink {
     /// Whether the guest is the machine that it is to be.
     pub(crate) fn has_taken_epoch(&self) -> bool {
         self.seen.borrow().taken
+    }
+
+    /// Whether an agent has answered that it is one.
+    pub(crate) fn was_heard(&self) -> bool {
+        let seen = self.seen.borrow();
+        seen.taken || matches!(seen.state, AgentState::Connected | AgentState::Ready)
     }
 
     /// Whether it cannot become that machine by itself any more.

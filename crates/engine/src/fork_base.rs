@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
-use stencil_core::{MemoryMode, Metadata, State};
+use stencil_core::{MemoryMode, Metadata, SnapshotFacts, State};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::bring_up::SnapshotSource;
@@ -12,6 +12,7 @@ use crate::instance::Stopwatch;
 use crate::limits::Promise;
 use crate::pool::{ArmedFork, PreparedFork, end_all};
 use crate::registry::Slot;
+use crate::suspend::Purpose;
 use crate::{Engine, EngineError, ForkRequest};
 
 /// What forks are made from: the source as it was observed, under its lock.
@@ -69,6 +70,9 @@ impl Engine {
         };
         let seen = self.observe(source).await?;
         let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
+        if let (ForkFrom::Snapshot, SnapshotFacts::Complete(manifest)) = (plan.from, &seen.snapshot) {
+            rules::check_frozen(Operation::Fork, &seen.metadata, seen.state(), manifest.frozen)?;
+        }
         let armed = if is_armed_for(&plan) {
             source.pool.take(count)
         } else {
@@ -93,7 +97,8 @@ impl Engine {
             ForkFrom::Snapshot => Some(seen.snapshot.clone()),
             ForkFrom::Running => {
                 let mut standby = Stopwatch::start(Operation::Standby);
-                self.suspend(source, seen.metadata.clone(), seen.state(), &mut standby)
+                let (metadata, state) = (seen.metadata.clone(), seen.state());
+                self.suspend(source, metadata, state, Purpose::Forks, &mut standby)
                     .await?;
                 Some(self.inner.store.snapshot(&source.id))
             }

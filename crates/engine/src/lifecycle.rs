@@ -9,6 +9,7 @@ use stencil_core::rules::{self, Decision, Operation};
 use crate::instance::Stopwatch;
 use crate::observe::Seen;
 use crate::registry::Slot;
+use crate::suspend::Purpose;
 use crate::{Engine, EngineError, Instance};
 
 impl Engine {
@@ -114,9 +115,15 @@ impl Engine {
             Change::Stop => self.shut_down(slot, metadata, stopwatch).await,
             Change::Pause => self.pause_vm(slot, &metadata, stopwatch).await,
             Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
-            Change::Standby => self.suspend(slot, metadata, observed.state, stopwatch).await,
+            Change::Standby => {
+                self.suspend(slot, metadata, observed.state, Purpose::Standby, stopwatch)
+                    .await
+            }
             Change::Restore => self.wake(slot, metadata, &snapshot, stopwatch).await,
-            Change::Promote(armed) => self.promote_now(slot, &metadata, armed, stopwatch).await,
+            Change::Promote(armed) => {
+                self.promote_now(slot, &metadata, &snapshot, armed, stopwatch)
+                    .await
+            }
             Change::Demote => self.demote_now(slot, &metadata, stopwatch).await,
             Change::RecordHotPages => self.forget_hot_pages(slot, &metadata, stopwatch).await,
             Change::Arm(armed) => self.arm_now(slot, &metadata, armed, stopwatch).await,

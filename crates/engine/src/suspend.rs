@@ -4,11 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use stencil_core::rules::{self, Operation};
 use stencil_core::{
-    Durability, EpochKind, InstanceId, MemoryGeneration, Metadata, SnapshotFacts, SnapshotManifest, State,
-    VmSpec, error_chain,
+    Durability, EpochKind, InstanceId, MemoryGeneration, Metadata, Readiness, SnapshotFacts,
+    SnapshotManifest, State, VmSpec, error_chain,
 };
 
+use crate::agent::AgentLink;
 use crate::bring_up::{Machine, SnapshotSource};
 use crate::cpu::host_cpu;
 use crate::disks;
@@ -72,12 +74,15 @@ impl Engine {
         slot: &Arc<Slot>,
         metadata: Metadata,
         state: State,
+        purpose: Purpose,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
-        if state == State::Running {
-            self.freeze_and_pause(slot, &metadata, stopwatch).await?;
-        }
-        if let Err(failed) = self.write_snapshot(slot, &metadata, stopwatch).await {
+        let frozen = if state == State::Running {
+            self.freeze_and_pause(slot, &metadata, purpose, stopwatch).await?
+        } else {
+            has_agent(slot, &metadata).then_some(false)
+        };
+        if let Err(failed) = self.write_snapshot(slot, &metadata, frozen, stopwatch).await {
             if state == State::Running {
                 match self.resume_vm(slot, &metadata, stopwatch).await {
                     Ok(()) => thaw(slot).await,
@@ -112,31 +117,42 @@ impl Engine {
         .await
     }
 
-    /// Stops the users' processes first, so that none of them runs in a fork before the fork is a machine of its own. A VM that
-    /// was paused by its user is snapshotted as it is.
+    /// Stops the users' processes first, so that none of them runs in a fork before the fork is a machine of its own; whether
+    /// they are, where there is an agent to do it. For a standby they need not be: it makes no other machine.
     async fn freeze_and_pause(
         &self,
         slot: &Slot,
         metadata: &Metadata,
+        purpose: Purpose,
         stopwatch: &mut Stopwatch,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Option<bool>, EngineError> {
         let running = slot.vmm();
-        if let Some(link) = running.as_ref().and_then(|running| running.agent.as_ref())
-            && link.freeze(slot.id).await
-        {
-            stopwatch.lap("freeze");
-        }
-        let paused = self.pause_vm(slot, metadata, stopwatch).await;
-        if paused.is_err() {
+        let link = running.as_ref().and_then(|running| running.agent.as_ref());
+        let frozen = match link {
+            Some(link) if link.freeze(slot.id).await => {
+                stopwatch.lap("freeze");
+                Some(true)
+            }
+            _ => has_agent(slot, metadata).then_some(false),
+        };
+        let paused = async {
+            if purpose == Purpose::Forks {
+                rules::check_frozen(Operation::Fork, metadata, State::Running, frozen)?;
+            }
+            self.pause_vm(slot, metadata, stopwatch).await
+        };
+        if let Err(failed) = paused.await {
             thaw(slot).await;
+            return Err(failed);
         }
-        paused
+        Ok(frozen)
     }
 
     async fn write_snapshot(
         &self,
         slot: &Slot,
         metadata: &Metadata,
+        frozen: Option<bool>,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
@@ -167,6 +183,7 @@ impl Engine {
                 .then(|| Box::new(host_cpu().clone())),
             memory_generation: MemoryGeneration::random(),
             memory_bytes: metadata.spec.memory_bytes,
+            frozen,
             files: SnapshotManifest::REQUIRED
                 .iter()
                 .map(|name| Ok(((*name).to_owned(), file_size(&snapshot.path().join(name))?)))
@@ -235,6 +252,22 @@ impl Engine {
         stopwatch.lap("ready");
         Ok(())
     }
+}
+
+/// What a VM is suspended for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To go on later as the same machine.
+    Standby,
+    /// To be forked now.
+    Forks,
+}
+
+/// Whether there is an agent in the guest, or is to be, which stops the users' processes for a snapshot.
+fn has_agent(slot: &Slot, metadata: &Metadata) -> bool {
+    let running = slot.vmm();
+    let link = running.as_ref().and_then(|running| running.agent.as_ref());
+    metadata.spec.readiness == Readiness::Agent || link.is_some_and(AgentLink::was_heard)
 }
 
 /// Lets the users' processes go on in a guest that was to be snapshotted.

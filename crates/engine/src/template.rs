@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use stencil_core::{Durability, Metadata, rules};
+use stencil_core::rules::{self, Operation};
+use stencil_core::{Durability, Metadata, SnapshotFacts, State};
 
 use crate::armed;
 use crate::instance::Stopwatch;
@@ -16,7 +17,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Invalid`] for more than [`MAX_ARMED`](crate::MAX_ARMED); [`EngineError::Refused`] in any other state.
+    /// [`EngineError::Invalid`] for more than [`MAX_ARMED`](crate::MAX_ARMED); [`EngineError::Refused`] in any other state, and
+    /// where its guest's users' processes were not stopped for the snapshot.
     pub async fn promote(&self, reference: &str, armed: Option<u32>) -> Result<Instance, EngineError> {
         armed::check(armed)?;
         self.change(reference, Change::Promote(armed)).await
@@ -35,9 +37,14 @@ impl Engine {
         &self,
         slot: &Arc<Slot>,
         metadata: &Metadata,
+        snapshot: &SnapshotFacts,
         armed: Option<u32>,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
+        let SnapshotFacts::Complete(manifest) = snapshot else {
+            return Err(EngineError::NoSnapshot(slot.id));
+        };
+        rules::check_frozen(Operation::Promote, metadata, State::Standby, manifest.frozen)?;
         let promoted = rules::with_armed(&rules::promoted(metadata), armed);
         self.on_disk(move |store| store.write(&promoted, Durability::Synced))
             .await?;

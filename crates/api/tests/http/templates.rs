@@ -39,6 +39,7 @@ fn with_warm_on_standby() -> TempDir {
         host_cpu: None,
         memory_generation: MemoryGeneration::random(),
         memory_bytes: spec.memory_bytes,
+        frozen: None,
         files: files
             .iter()
             .map(|file| (file.file_name().unwrap().to_str().unwrap().to_owned(), 2))

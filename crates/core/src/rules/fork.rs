@@ -5,7 +5,7 @@ use serde_json::Map;
 
 use crate::generation::VmGeneration;
 use crate::id::InstanceId;
-use crate::metadata::{MemoryMode, Metadata, VmSpec};
+use crate::metadata::{MemoryMode, Metadata, Readiness, VmSpec};
 use crate::name::InstanceName;
 use crate::rules::{Operation, Refusal};
 use crate::state::State;
@@ -96,6 +96,25 @@ pub fn fork(
         fork_of_template: (state == State::Template).then_some(source.id),
         keeps_disks: state != State::Running || target != State::Stopped,
     })
+}
+
+/// Refuses `operation` on `source`, which is in `state`, where forks would be made of a snapshot in which processes of the guest's
+/// users run: they would run in the forks before those are machines of their own. `frozen` is what the snapshot says of that. One
+/// that says nothing is of a guest without an agent, or, where the guest is asked by its agent, of an earlier version.
+///
+/// # Errors
+/// [`Refusal::NotFrozen`].
+pub fn check_frozen(
+    operation: Operation,
+    source: &Metadata,
+    state: State,
+    frozen: Option<bool>,
+) -> Result<(), Refusal> {
+    if frozen.unwrap_or(source.spec.readiness != Readiness::Agent) {
+        Ok(())
+    } else {
+        Err(Refusal::NotFrozen { operation, state })
+    }
 }
 
 /// The record of a fork: built from a list of what may be inherited, so that a new field of an instance is not leaked

@@ -44,6 +44,18 @@ pub enum Refusal {
         /// What can be asked for.
         allowed: &'static [State],
     },
+    /// The guest's users' processes run in the snapshot that forks would be made of.
+    #[error(
+        "cannot {operation}: processes of its guest's users were not stopped for the snapshot, and would run in forks before those \
+         are machines of their own; {}",
+        until_frozen(*state)
+    )]
+    NotFrozen {
+        /// What was asked.
+        operation: Operation,
+        /// The state in which it was asked.
+        state: State,
+    },
 }
 
 impl Refusal {
@@ -54,6 +66,7 @@ impl Refusal {
             Self::InvalidState { .. } => "invalid_state",
             Self::TemplateInUse { .. } => "template_in_use",
             Self::InvalidTarget { .. } => "invalid_request",
+            Self::NotFrozen { .. } => "guest_not_frozen",
         }
     }
 
@@ -78,6 +91,20 @@ pub(crate) fn some_of<'a>(names: impl ExactSizeIterator<Item = &'a InstanceName>
 
 fn listed(states: &[State]) -> String {
     states.iter().map(State::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// How an instance in `state` comes to a snapshot in which its users' processes are stopped.
+const fn until_frozen(state: State) -> &'static str {
+    match state {
+        State::Running => "it runs on; ask again when its agent answers",
+        State::Template => {
+            "demote it (demote-template), let it go on (restore), and put it on standby (standby) while it is Running and its \
+             agent answers"
+        }
+        _ => {
+            "let it go on (restore), and put it on standby (standby) while it is Running and its agent answers"
+        }
+    }
 }
 
 /// What would be right where `operation` is refused in `state`.

@@ -80,6 +80,7 @@ impl NewInstance {
             host_cpu: manifest.host_cpu.clone(),
             memory_generation: manifest.memory_generation,
             memory_bytes: manifest.memory_bytes,
+            frozen: manifest.frozen,
             files: manifest.files.clone(),
             other: serde_json::Map::new(),
         };

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use stencil_core::rules::{fork, fork_metadata};
+use stencil_core::rules::{check_frozen, fork, fork_metadata};
 use stencil_core::{
-    ForkFrom, ForkPlan, ForkRequest, InstanceId, MemoryMode, Metadata, Refusal, State, VmGeneration,
+    ForkFrom, ForkPlan, ForkRequest, InstanceId, MemoryMode, Metadata, Operation, Readiness, Refusal, State,
+    VmGeneration,
 };
 
 use crate::given;
@@ -44,6 +45,44 @@ fn a_fork_of_a_stopped_instance_takes_its_configuration() {
             keeps_disks: true,
         };
         assert_eq!(plan(asked), expected);
+    }
+}
+
+#[test]
+fn forks_are_made_of_snapshots_in_which_no_user_s_process_runs() {
+    let asked_by = |readiness| {
+        let mut source = given::minimal();
+        source.spec.readiness = readiness;
+        source
+    };
+    let by_text = asked_by(Readiness::Console("ready".to_owned()));
+    let by_agent = asked_by(Readiness::Agent);
+    // The last one says nothing, as those of earlier versions did.
+    for (source, frozen, allowed) in [
+        (&by_text, Some(true), true),
+        (&by_text, Some(false), false),
+        (&by_text, None, true),
+        (&by_agent, Some(true), true),
+        (&by_agent, Some(false), false),
+        (&by_agent, None, false),
+    ] {
+        let decided = check_frozen(Operation::Promote, source, State::Standby, frozen);
+        assert_eq!(decided.is_ok(), allowed, "{:?} {frozen:?}", source.spec.readiness);
+    }
+    for (state, expected) in [
+        (
+            State::Standby,
+            "; let it go on (restore), and put it on standby (standby) while it is Running",
+        ),
+        (
+            State::Template,
+            "; demote it (demote-template), let it go on (restore), and put it",
+        ),
+        (State::Running, "; it runs on; ask again when its agent answers"),
+    ] {
+        let refusal = check_frozen(Operation::Fork, &by_agent, state, None).unwrap_err();
+        assert_eq!(refusal.code(), "guest_not_frozen");
+        assert!(refusal.to_string().contains(expected), "{refusal}");
     }
 }
 

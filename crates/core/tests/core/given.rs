@@ -131,6 +131,7 @@ pub(crate) fn snapshot_files(dir: &SnapshotDir) -> SnapshotManifest {
         })),
         memory_generation: "00112233445566778899aabbccddeeff".parse().unwrap(),
         memory_bytes: 8192,
+        frozen: Some(true),
         files: [("config.json", 2), ("state.json", 12), ("memory-ranges", 8192)]
             .map(|(name, size)| (name.to_owned(), size))
             .into(),

@@ -4,9 +4,11 @@ mod commands;
 mod guest;
 
 use std::collections::HashSet;
+use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use stencil_agent::{ToGuest, ToHost};
+use stencil_core::rules::Refusal;
 use stencil_core::{Readiness, State};
 use stencil_engine::{AgentState, CreateRequest, EngineError, ForkRequest};
 use tokio::io::AsyncWriteExt;
@@ -222,16 +224,104 @@ async fn users_processes_are_stopped_before_the_vcpus_are_and_go_on_if_the_snaps
     assert_eq!(house.engine.get("web").await.unwrap().state, State::Running);
 }
 
+/// Nothing is made of this instance's snapshot but itself, and nothing is left of the attempts.
+async fn is_for_itself_only(house: &House, name: &str) {
+    let before = house.directories();
+    for target in [State::Running, State::Paused, State::Standby] {
+        let request = ForkRequest {
+            target_state: Some(target),
+            ..ForkRequest::default()
+        };
+        not_frozen(house.engine.fork(name, None, request).await.unwrap_err());
+    }
+    assert_eq!(house.directories(), before);
+}
+
+#[track_caller]
+fn not_frozen(refused: EngineError) {
+    assert!(
+        matches!(refused, EngineError::Refused(Refusal::NotFrozen { .. })),
+        "{refused:?}"
+    );
+}
+
 #[tokio::test]
-async fn an_agent_that_does_not_stop_its_processes_does_not_keep_a_vm_from_standby() {
+async fn an_agent_that_does_not_stop_its_processes_does_not_keep_a_vm_from_standby_and_there_are_no_forks_of_it()
+ {
     let (house, mut guests) = house().await;
     house.running("web").await;
-    let mut guest = Guest::next(&mut guests).await;
-    guest.take_epoch().await;
+    let mut guest = Guest::ready(&mut guests).await;
     agent_is(&house, "web", |agent| *agent == AgentState::Ready).await;
     assert_eq!(house.engine.standby("web").await.unwrap().state, State::Standby);
     assert_eq!(guest.hear().await, ToGuest::Freeze);
     assert_eq!(guest.hears().await, None, "the link ends with its VM");
+    not_frozen(house.engine.promote("web", None).await.unwrap_err());
+    is_for_itself_only(&house, "web").await;
+    // It goes on itself, and does better the next time.
+    house.engine.restore("web").await.unwrap();
+    let mut guest = Guest::ready(&mut guests).await;
+    agent_is(&house, "web", |agent| *agent == AgentState::Ready).await;
+    standby(&house, &mut guest, "web").await;
+    house.engine.promote("web", None).await.unwrap();
+    // And what is made of it can be forked as well.
+    let asleep = ForkRequest {
+        target_state: Some(State::Standby),
+        ..ForkRequest::default()
+    };
+    house.engine.fork("web", None, asleep).await.unwrap();
+    house.engine.promote("web-1", None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_that_was_paused_goes_on_standby_and_there_are_no_forks_of_it() {
+    let (house, mut guests) = house().await;
+    house.running("web").await;
+    let _guest = Guest::ready(&mut guests).await;
+    agent_is(&house, "web", |agent| *agent == AgentState::Ready).await;
+    house.engine.pause("web").await.unwrap();
+    house.engine.standby("web").await.unwrap();
+    not_frozen(house.engine.promote("web", None).await.unwrap_err());
+    is_for_itself_only(&house, "web").await;
+    house.engine.restore("web").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_running_source_whose_agent_does_not_stop_its_processes_is_not_forked_and_runs_on() {
+    let (house, mut guests) = house().await;
+    house.running("web").await;
+    let mut guest = Guest::ready(&mut guests).await;
+    agent_is(&house, "web", |agent| *agent == AgentState::Ready).await;
+    let request = ForkRequest {
+        from_running: true,
+        ..ForkRequest::default()
+    };
+    let engine = house.engine.clone();
+    let forked = tokio::spawn(async move { engine.fork("web", None, request).await });
+    assert_eq!(guest.hear().await, ToGuest::Freeze);
+    let why = "no cgroups".to_owned();
+    guest.say(ToHost::FreezeFailed { why }).await;
+    not_frozen(forked.await.unwrap().unwrap_err());
+    // What was stopped of them goes on.
+    assert!(matches!(guest.hear().await, ToGuest::Epoch(_)));
+    assert_eq!(house.engine.get("web").await.unwrap().state, State::Running);
+    assert!(!house.hypervisor.calls().contains(&"pause".to_owned()));
+}
+
+#[tokio::test]
+async fn a_template_of_an_earlier_version_whose_guest_has_an_agent_has_no_forks() {
+    let (house, mut guests) = house().await;
+    template(&house, &mut guests, "warm").await;
+    let warm = house.engine.get("warm").await.unwrap();
+    let manifest = house
+        .metadata_path(&warm.id)
+        .with_file_name("snapshot/manifest.json");
+    let said = fs::read_to_string(&manifest).unwrap();
+    let without = said.replace("  \"frozen\": true,\n", "");
+    assert_ne!(without, said);
+    fs::write(&manifest, without).unwrap();
+    is_for_itself_only(&house, "warm").await;
+    house.engine.demote("warm").await.unwrap();
+    not_frozen(house.engine.promote("warm", None).await.unwrap_err());
 }
 
 #[tokio::test]
