@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use stencil_core::{
-    DiskSpec, HypervisorName, ImageName, InstanceId, InstanceName, MemoryMode, Readiness, State, VmGeneration,
+    DiskFormat, DiskSpec, HypervisorName, ImageName, InstanceId, InstanceName, MemoryMode, Readiness, State,
+    VmGeneration,
 };
 
 use crate::ErrorBody;
@@ -256,6 +257,9 @@ pub struct Image {
     /// Its initial RAM disk, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<ImageFile>,
+    /// Its disks, in the order in which guests find them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<ImageDisk>>,
     /// The kernel's command line, for instances that do not have their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
@@ -268,6 +272,16 @@ pub struct ImageFile {
     pub bytes: u64,
     /// The SHA-256 of its content, in hexadecimal digits.
     pub sha256: String,
+}
+
+/// A disk of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDisk {
+    /// What its file is.
+    pub format: DiskFormat,
+    /// Its file, as that of a kernel.
+    #[serde(flatten)]
+    pub file: ImageFile,
 }
 
 /// The reply of `GET /images`, in the order of their names.

@@ -134,6 +134,10 @@ pub struct AddImage {
     /// Absolute path of the initial RAM disk, as the server sees it. It is copied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
+    /// Absolute paths of its disks, raw or qcow2 images, as the server sees them, in the order in which guests find them. They
+    /// are copied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<PathBuf>,
     /// The kernel's command line, for instances that do not have their own; empty when absent.
     #[serde(default)]
     pub cmdline: String,
@@ -145,6 +149,7 @@ impl From<AddImage> for ImageRequest {
             name: asked.name,
             kernel: asked.kernel,
             initrd: asked.initrd,
+            disks: asked.disks,
             cmdline: asked.cmdline,
         }
     }

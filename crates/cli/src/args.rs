@@ -248,6 +248,9 @@ pub(crate) struct AddImage {
     /// The initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub(crate) initrd: Option<PathBuf>,
+    /// A disk, a raw or qcow2 image on which each instance has a layer of its own; can be given many times
+    #[arg(long = "disk", value_name = "PATH")]
+    pub(crate) disks: Vec<PathBuf>,
     /// The kernel's command line, for instances that are made without one
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) cmdline: String,

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::id::InstanceId;
 use crate::layout::ImageDir;
+use crate::metadata::DiskFormat;
 use crate::name::{InstanceName, NameError};
 use crate::versioned::{self, FormatError};
 
@@ -53,6 +54,9 @@ pub struct Image {
     /// The initial ramdisk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<ImageFile>,
+    /// Its disks, in the order in which a guest finds them; instances have layers of their own on them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<ImageDisk>,
     /// The kernel's command line, for instances that do not have their own.
     #[serde(default)]
     pub cmdline: String,
@@ -66,9 +70,15 @@ impl Image {
     pub const SCHEMA: u32 = 1;
 
     /// Its files, each with its name in the image's directory.
-    pub fn files(&self) -> impl Iterator<Item = (&'static str, &ImageFile)> {
-        let initrd = self.initrd.as_ref().map(|initrd| (ImageDir::INITRD, initrd));
-        std::iter::once((ImageDir::KERNEL, &self.kernel)).chain(initrd)
+    pub fn files(&self) -> impl Iterator<Item = (String, &ImageFile)> {
+        let initrd = self
+            .initrd
+            .as_ref()
+            .map(|initrd| (ImageDir::INITRD.to_owned(), initrd));
+        let disks = self.disks.iter().enumerate();
+        std::iter::once((ImageDir::KERNEL.to_owned(), &self.kernel))
+            .chain(initrd)
+            .chain(disks.map(|(number, disk)| (ImageDir::disk_name(number), &disk.file)))
     }
 
     /// Reads the content of an `image.json`.
@@ -95,6 +105,18 @@ pub struct ImageFile {
     pub bytes: u64,
     /// The SHA-256 of its content, in 64 hexadecimal digits.
     pub sha256: String,
+}
+
+/// A disk of an image.
+///
+/// In JSON one flat object.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageDisk {
+    /// Its file, which is the base of the layers that lie on it and is never written.
+    #[serde(flatten)]
+    pub file: ImageFile,
+    /// What the file is.
+    pub format: DiskFormat,
 }
 
 /// An instance that was made of an image, itself or as a fork, and needs its files.

@@ -11,7 +11,7 @@
 //! <data>/instances/.new-<id>/       being made, or left by a crash
 //! <data>/instances/.del-<id>/       being removed, or left by a crash
 //! <data>/templates/<id>/hot-pages
-//! <data>/images/<name>/image.json  kernel  initrd
+//! <data>/images/<name>/image.json  kernel  initrd  disk0  disk1 ...
 //! <data>/images/.new-<number>/      being made, or left by a crash
 //! <data>/images/.del-<number>/      being removed, or left by a crash
 //! ```
@@ -331,5 +331,17 @@ impl ImageDir {
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.0.join(Self::INITRD)
+    }
+
+    /// The name of its disk of this number, from 0 on.
+    #[must_use]
+    pub fn disk_name(number: usize) -> String {
+        format!("disk{number}")
+    }
+
+    /// Its disk of this number, from 0 on.
+    #[must_use]
+    pub fn disk(&self, number: usize) -> PathBuf {
+        self.0.join(Self::disk_name(number))
     }
 }

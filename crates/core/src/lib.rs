@@ -65,7 +65,7 @@ pub use error_chain::error_chain;
 pub use generation::{EpochId, GenerationError, MemoryGeneration, VmGeneration};
 pub use hypervisor::{HypervisorName, HypervisorNameError};
 pub use id::{InstanceId, InstanceIdError};
-pub use image::{Image, ImageFile, ImageName, ImageUser};
+pub use image::{Image, ImageDisk, ImageFile, ImageName, ImageUser};
 pub use layout::{DataDir, ImageDir, InstanceDir, SnapshotDir};
 pub use manifest::SnapshotManifest;
 pub use metadata::{

@@ -11,7 +11,7 @@ use stencil_core::{DiskFormat, DiskSpec, MemoryMode, Readiness, State, VmSpec};
 
 use crate::limits::{Needs, Promise, Shortage};
 use crate::registry::Slot;
-use crate::{CreateRequest, Engine, EngineError, disk_image, disks, kernel};
+use crate::{CreateRequest, DiskRequest, Engine, EngineError, disk_image, disks, kernel};
 
 /// Guest memory is given out in pages of this many bytes.
 const PAGE_BYTES: u64 = 4096;
@@ -60,7 +60,7 @@ impl Engine {
             firmware: boot.firmware,
             initrd: boot.initrd,
             cmdline: boot.cmdline,
-            disks: admit_disks(request, able.max_disk_layers)?,
+            disks: admit_disks(request, boot.disks, able.max_disk_layers)?,
             vcpus: request.vcpus,
             memory_bytes: request.memory_bytes,
             readiness: request.readiness.clone(),
@@ -85,6 +85,12 @@ impl Engine {
                     firmware: None,
                     initrd: image.initrd.map(|_| dir.initrd()),
                     cmdline: request.cmdline.clone().unwrap_or(image.cmdline),
+                    disks: (0..image.disks.len())
+                        .map(|number| DiskRequest {
+                            path: dir.disk(number),
+                            read_only: false,
+                        })
+                        .collect(),
                 })
             }
             (Some(_), ..) => {
@@ -95,6 +101,7 @@ impl Engine {
                 firmware: request.firmware.clone(),
                 initrd: request.initrd.clone(),
                 cmdline: request.cmdline.clone().unwrap_or_default(),
+                disks: Vec::new(),
             }),
         }
     }
@@ -176,6 +183,8 @@ struct BootFiles {
     firmware: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: String,
+    /// Those of the image.
+    disks: Vec<DiskRequest>,
 }
 
 /// What a file takes on disk in bytes, holes left out; 0 if it is not there, which others will tell.
@@ -236,20 +245,26 @@ pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn admit_disks(request: &CreateRequest, max_layers: usize) -> Result<Vec<DiskSpec>, EngineError> {
+/// The disks of its image, and then its own.
+fn admit_disks(
+    request: &CreateRequest,
+    of_image: Vec<DiskRequest>,
+    max_layers: usize,
+) -> Result<Vec<DiskSpec>, EngineError> {
     let hypervisor = &request.hypervisor;
-    if max_layers == 0 && !request.disks.is_empty() {
-        return invalid(format!(
-            "the VMs of {hypervisor} have no disks; give none, or another hypervisor"
-        ));
+    let disks = [of_image, request.disks.clone()].concat();
+    if max_layers == 0 && !disks.is_empty() {
+        return invalid(match &request.image {
+            Some(image) if request.disks.is_empty() => {
+                format!(
+                    "image {image} has disks, and the VMs of {hypervisor} have none; give another hypervisor"
+                )
+            }
+            _ => format!("the VMs of {hypervisor} have no disks; give none, or another hypervisor"),
+        });
     }
-    if request.disks.len() > MOST_DISKS {
-        return invalid(format!(
-            "there are {} disks; an instance takes at most {MOST_DISKS}",
-            request.disks.len()
-        ));
-    }
-    let disks = request.disks.iter().map(|disk| {
+    check_disk_count(disks.len())?;
+    let disks = disks.iter().map(|disk| {
         utf8(&disk.path)?;
         Ok(DiskSpec {
             path: disk.path.clone(),
@@ -260,10 +275,23 @@ fn admit_disks(request: &CreateRequest, max_layers: usize) -> Result<Vec<DiskSpe
     disks.collect()
 }
 
+pub(crate) fn check_disk_count(count: usize) -> Result<(), EngineError> {
+    if count > MOST_DISKS {
+        return invalid(format!(
+            "there are {count} disks; an instance takes at most {MOST_DISKS}"
+        ));
+    }
+    Ok(())
+}
+
 /// That this file can be the base of a disk; what it is, and the disk's size in bytes.
 pub(crate) fn check_disk(path: &Path) -> Result<(DiskFormat, u64), EngineError> {
-    let file = open("disk", path)?;
-    disk_image::check_base(&file).or_else(|why| invalid(format!("disk `{}` {why}", path.display())))
+    check_disk_file(&open("disk", path)?, path)
+}
+
+/// The same of a file that the client knows as `path`.
+pub(crate) fn check_disk_file(file: &File, path: &Path) -> Result<(DiskFormat, u64), EngineError> {
+    disk_image::check_base(file).or_else(|why| invalid(format!("disk `{}` {why}", path.display())))
 }
 
 /// A path as it can stand in a disk's layer.

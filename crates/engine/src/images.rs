@@ -1,10 +1,11 @@
 //! Images: what instances are made of, kept by name.
 
 use std::fs::File;
+use std::path::Path;
 
-use stencil_core::{Image, ImageDir, ImageName, ScannedImage, Store};
+use stencil_core::{Image, ImageDir, ImageDisk, ImageName, NewImage, ScannedImage, Store};
 
-use crate::admission::{check_kernel, open};
+use crate::admission::{check_disk, check_disk_count, check_disk_file, check_kernel, open};
 use crate::lifecycle::detached;
 use crate::{Engine, EngineError, ImageRequest};
 
@@ -14,7 +15,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Invalid`] for files that this host cannot boot; [`EngineError::Store`] if there is an image of that
+    /// [`EngineError::Invalid`] for files that this host cannot boot, and disks that are none; [`EngineError::Store`] if there is an image of that
     /// name, or there is no room. There is then no new image.
     pub async fn add_image(&self, request: ImageRequest) -> Result<Image, EngineError> {
         let engine = self.clone();
@@ -55,11 +56,16 @@ fn add(store: &Store, request: ImageRequest) -> Result<Image, EngineError> {
         name,
         kernel,
         initrd,
+        disks,
         cmdline,
     } = request;
     check_kernel("kernel", &open("kernel", &kernel)?, &kernel)?;
     if let Some(initrd) = &initrd {
         open("initrd", initrd)?;
+    }
+    check_disk_count(disks.len())?;
+    for disk in &disks {
+        check_disk(disk)?;
     }
     let new = store.begin_image(&name)?;
     let image = Image {
@@ -70,6 +76,11 @@ fn add(store: &Store, request: ImageRequest) -> Result<Image, EngineError> {
         initrd: initrd
             .map(|initrd| new.take(&initrd, ImageDir::INITRD))
             .transpose()?,
+        disks: disks
+            .iter()
+            .enumerate()
+            .map(|(number, disk)| take_disk(&new, number, disk))
+            .collect::<Result<_, _>>()?,
         cmdline,
         other: serde_json::Map::new(),
     };
@@ -79,4 +90,15 @@ fn add(store: &Store, request: ImageRequest) -> Result<Image, EngineError> {
     check_kernel("kernel", &taken, &kernel)?;
     new.commit(&image)?;
     Ok(image)
+}
+
+/// Takes a disk; what it is, is told of the file that was taken.
+fn take_disk(new: &NewImage, number: usize, disk: &Path) -> Result<ImageDisk, EngineError> {
+    let file = new.take(disk, &ImageDir::disk_name(number))?;
+    // Nobody who began to write meanwhile and still does, for then it was not taken as it was at any time.
+    check_disk(disk)?;
+    let taken = new.dir().disk(number);
+    let taken = File::open(&taken).map_err(EngineError::io("read", &taken))?;
+    let (format, _) = check_disk_file(&taken, disk)?;
+    Ok(ImageDisk { file, format })
 }

@@ -24,7 +24,7 @@ pub struct CreateRequest {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line; the image's when absent, and empty without an image.
     pub cmdline: Option<String>,
-    /// Its disks, in the order in which its guest finds them.
+    /// Its disks, in the order in which its guest finds them; those of its image come before them.
     pub disks: Vec<DiskRequest>,
     /// vCPUs, from 1 to what the hypervisor can.
     pub vcpus: u32,
@@ -57,6 +57,8 @@ pub struct ImageRequest {
     pub kernel: PathBuf,
     /// Absolute path of the initial RAM disk.
     pub initrd: Option<PathBuf>,
+    /// Absolute paths of its disks, raw or qcow2 images, in the order in which guests find them.
+    pub disks: Vec<PathBuf>,
     /// The kernel's command line, for instances that do not have their own.
     pub cmdline: String,
 }

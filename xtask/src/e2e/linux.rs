@@ -98,11 +98,13 @@ pub(super) fn run(
 
 /// Boots Linux, warms it up and makes it a template; what is in its tmpfs, and how far it had counted.
 fn boot(world: &World, image: &LinuxImage) -> Result<(Vm, String, u64), Failure> {
-    let add =
-        json!({"name": "debian", "kernel": image.kernel, "initrd": image.initrd, "cmdline": "console=ttyS0"});
+    let add = json!({
+        "name": disks::IMAGE, "kernel": image.kernel, "initrd": image.initrd, "cmdline": "console=ttyS0",
+        "disks": [disks::base(world)?],
+    });
     answered(201, world.client.post("/images", add)?)?;
     let vm = world.create(json!({
-        "name": "warm", "hypervisor": "qemu", "image": "debian", "memory": MEMORY, "readiness": "agent",
+        "name": "warm", "hypervisor": "qemu", "image": disks::IMAGE, "memory": MEMORY, "readiness": "agent",
         "disks": [{"path": disks::base(world)?}],
     }))?;
     vm.wait_for_boot()?;

@@ -2,7 +2,7 @@
 
 use stencil_core::{ScannedImage, error_chain};
 
-use super::{Image, ImageFile};
+use super::{Image, ImageDisk, ImageFile};
 
 impl From<stencil_core::Image> for Image {
     fn from(image: stencil_core::Image) -> Self {
@@ -12,6 +12,7 @@ impl From<stencil_core::Image> for Image {
             created_at: Some(image.created_at),
             kernel: Some(image.kernel.into()),
             initrd: image.initrd.map(ImageFile::from),
+            disks: Some(image.disks.into_iter().map(ImageDisk::from).collect()),
             cmdline: Some(image.cmdline),
         }
     }
@@ -27,6 +28,7 @@ impl From<ScannedImage> for Image {
                 created_at: None,
                 kernel: None,
                 initrd: None,
+                disks: None,
                 cmdline: None,
             },
         }
@@ -38,6 +40,15 @@ impl From<stencil_core::ImageFile> for ImageFile {
         Self {
             bytes: file.bytes,
             sha256: file.sha256,
+        }
+    }
+}
+
+impl From<stencil_core::ImageDisk> for ImageDisk {
+    fn from(disk: stencil_core::ImageDisk) -> Self {
+        Self {
+            format: disk.format,
+            file: disk.file.into(),
         }
     }
 }

@@ -13,6 +13,7 @@ impl World {
             name: "debian".parse().unwrap(),
             kernel: self.kernel(),
             initrd: None,
+            disks: Vec::new(),
             cmdline: "quiet".to_owned(),
         }
     }
@@ -21,13 +22,19 @@ impl World {
 #[tokio::test]
 async fn an_image_is_added_listed_shown_and_removed() {
     let world = World::new().await;
-    let body =
-        json!({ "name": "debian", "kernel": world.kernel(), "initrd": world.kernel(), "cmdline": "quiet" });
+    let disk = world.kernel().with_file_name("disk.raw");
+    std::fs::write(&disk, [0xbb; 1024]).unwrap();
+    let body = json!({
+        "name": "debian", "kernel": world.kernel(), "initrd": world.kernel(), "disks": [disk], "cmdline": "quiet",
+    });
     let added = world.post("/images", &body.to_string()).await;
     assert_eq!(added.status, 201, "{added:?}");
     let size = std::fs::metadata(world.kernel()).unwrap().len();
     assert_eq!(added.body["kernel"]["bytes"], size);
     assert_eq!(added.body["kernel"], added.body["initrd"]);
+    assert_eq!(added.body["disks"][0]["format"], "raw");
+    assert_eq!(added.body["disks"][0]["bytes"], 1024);
+    assert_eq!(added.body["disks"][0]["sha256"].as_str().unwrap().len(), 64);
     assert_eq!(added.body["cmdline"], "quiet");
     let shown = world.get("/images/debian").await;
     assert_eq!((shown.status, &shown.body), (200, &added.body));
@@ -90,6 +97,8 @@ async fn an_image_that_is_used_is_not_removed_and_its_instances_are_named() {
 #[tokio::test]
 async fn an_image_that_is_asked_for_in_a_wrong_way_is_refused_and_not_added() {
     let world = World::new().await;
+    let text = world.kernel().with_file_name("text");
+    std::fs::write(&text, "no disk").unwrap();
     for (body, expected) in [
         (json!({ "name": "debian" }), "missing field `kernel`"),
         (
@@ -111,6 +120,10 @@ async fn an_image_that_is_asked_for_in_a_wrong_way_is_refused_and_not_added() {
         (
             json!({ "name": "debian", "kernel": world.kernel(), "rootfs": "/" }),
             "unknown field `rootfs`",
+        ),
+        (
+            json!({ "name": "debian", "kernel": world.kernel(), "disks": [text] }),
+            "/text` is no disk image",
         ),
     ] {
         let reply = world.post("/images", &body.to_string()).await;

@@ -32,6 +32,11 @@ async fn add(asked: AddImage, client: &Client, reader: Reader) -> Result<(), Fai
         name: asked.name,
         kernel: place::absolute(asked.kernel)?,
         initrd: asked.initrd.map(place::absolute).transpose()?,
+        disks: asked
+            .disks
+            .into_iter()
+            .map(place::absolute)
+            .collect::<Result<_, _>>()?,
         cmdline: asked.cmdline,
     };
     reader.print(&client.add_image(&request).await?, table::image)

@@ -3,7 +3,7 @@
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use jiff::Timestamp;
-use stencil_api::reply::{Image, ImageFile};
+use stencil_api::reply::{Image, ImageDisk, ImageFile};
 
 use super::{age, align_right, bytes, column_gaps, or_nothing, plain};
 
@@ -13,21 +13,29 @@ pub(crate) fn images(list: &[Image], now: Timestamp) -> String {
         return "no images".to_owned();
     }
     let size = |file: &Option<ImageFile>| or_nothing(file.as_ref().map(|file| bytes(file.bytes)));
-    let mut table = plain(&["NAME", "KERNEL", "INITRD", "AGE"]);
+    let mut table = plain(&["NAME", "KERNEL", "INITRD", "DISKS", "AGE"]);
     let mut errors = String::new();
     for image in list {
         table.add_row([
             image.name.to_string(),
             size(&image.kernel),
             size(&image.initrd),
+            or_nothing(disk_sizes(image)),
             or_nothing(image.created_at.map(|made| age(made, now))),
         ]);
         if let Some(error) = &image.error {
             errors.push_str(&format!("\n{error}"));
         }
     }
-    align_right(&mut table, &[1, 2, 3]);
+    align_right(&mut table, &[1, 2, 3, 4]);
     table.trim_fmt() + &errors
+}
+
+/// The sizes of its disks, if it has any.
+fn disk_sizes(image: &Image) -> Option<String> {
+    let disks = image.disks.as_ref().filter(|disks| !disks.is_empty())?;
+    let sizes: Vec<String> = disks.iter().map(|disk| bytes(disk.file.bytes)).collect();
+    Some(sizes.join(", "))
 }
 
 /// One image, a line for each of its facts.
@@ -35,13 +43,17 @@ pub(crate) fn image(image: &Image) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
     let file = |file: &ImageFile| format!("{}, sha256 {}", bytes(file.bytes), file.sha256);
-    let facts = [
+    let mut facts = vec![
         ("name", Some(image.name.to_string())),
         ("kernel", image.kernel.as_ref().map(file)),
         ("initrd", image.initrd.as_ref().map(file)),
+    ];
+    let disk = |disk: &ImageDisk| ("disk", Some(format!("{}, {}", disk.format, file(&disk.file))));
+    facts.extend(image.disks.iter().flatten().map(disk));
+    facts.extend([
         ("cmdline", image.cmdline.clone().filter(|line| !line.is_empty())),
         ("added", image.created_at.map(|made| made.to_string())),
-    ];
+    ]);
     for (title, fact) in facts {
         if let Some(fact) = fact {
             table.add_row([title.to_owned(), fact]);
@@ -61,6 +73,7 @@ mod tests {
         let file = |bytes: u64| json!({ "bytes": bytes, "sha256": "00112233".repeat(8) });
         serde_json::from_value(json!({
             "name": "debian", "created_at": "2026-01-02T03:04:05Z", "kernel": file(45 << 20), "initrd": file(1_500_000),
+            "disks": [{ "format": "qcow2", "bytes": 300 << 20, "sha256": "44556677".repeat(8) }],
             "cmdline": "console=ttyS0",
         }))
         .unwrap()

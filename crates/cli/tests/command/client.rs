@@ -62,6 +62,18 @@ fn an_image_is_added_used_and_removed_when_nobody_uses_it_any_more() {
     ]);
     assert_eq!(added.code, 0, "{added:?}");
     assert!(added.stdout.starts_with("name     debian\n"), "{}", added.stdout);
+    let without_disk = server.run(&[
+        "image",
+        "add",
+        "other",
+        "--kernel",
+        "guest.elf",
+        "--disk",
+        "missing.raw",
+    ]);
+    assert_eq!(without_disk.code, 1);
+    let told = without_disk.stderr;
+    assert!(told.contains("/missing.raw` is not there"), "{told}");
     let listed = server.run(&["image", "ls"]);
     assert!(listed.stdout.contains("\ndebian  "), "{}", listed.stdout);
     let digest = server.run(&["image", "show", "debian", "--json"]).json()["kernel"]["sha256"].clone();

@@ -1,13 +1,15 @@
 //! Images on disk. A record never names an image that is not there: an instance is committed only while its image is, and
 //! an image is removed only while no record on disk names it.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, BufRead, BufReader, ErrorKind};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use crate::error_chain;
@@ -76,7 +78,7 @@ impl Store {
         }
         let fault = image
             .files()
-            .find_map(|(file, taken)| snapshot::file_fault(dir.path(), file, taken.bytes, "record"));
+            .find_map(|(file, taken)| snapshot::file_fault(dir.path(), &file, taken.bytes, "record"));
         match fault {
             Some(reason) => Err(broken(reason)),
             None => Ok(image),
@@ -164,6 +166,32 @@ pub(super) fn keep<'a>(
     Ok(guard)
 }
 
+/// Copies a file and leaves its holes holes.
+fn copy_data(from: &Path, to: &Path) -> io::Result<()> {
+    let mut from = File::open(from)?;
+    let mut to = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(to)?;
+    let mut end = 0;
+    loop {
+        let data = match seek(&from, SeekFrom::Data(end)) {
+            Ok(data) => data,
+            // No data any more.
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        end = seek(&from, SeekFrom::Hole(data))?;
+        // Reading goes on where the last call sought to.
+        seek(&from, SeekFrom::Start(data))?;
+        seek(&to, SeekFrom::Start(data))?;
+        io::copy(&mut (&mut from).take(end - data), &mut to)?;
+    }
+    to.set_len(from.metadata()?.len())
+}
+
 /// The size of a file in bytes, and the SHA-256 of its content in hexadecimal digits.
 fn digest(path: &Path) -> io::Result<(u64, String)> {
     let (mut bytes, mut hash) = (0, Sha256::new());
@@ -200,14 +228,17 @@ impl NewImage {
     }
 
     /// Takes the file at `from` as its file `name`, such as [`ImageDir::KERNEL`]: a clone that shares the blocks where the file
-    /// system can do that, else a copy; read-only (0400) and synced. What is said of it is what was taken, whatever becomes of
+    /// system can do that, else a copy that keeps holes; read-only (0400) and synced. What is said of it is what was taken, whatever becomes of
     /// the file at `from`.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     pub fn take(&self, from: &Path, name: &str) -> Result<ImageFile, StoreError> {
         let to = self.dir.path().join(name);
-        reflink_copy::reflink_or_copy(from, &to).while_trying("copy", from)?;
+        // Whatever keeps it from being cloned, a copy may do; if not, its error is the one to tell.
+        reflink_copy::reflink(from, &to)
+            .or_else(|_| copy_data(from, &to))
+            .while_trying("copy", from)?;
         fs::set_permissions(&to, Permissions::from_mode(0o400)).while_trying("make read-only", &to)?;
         atomic::sync_file(&to)?;
         let (bytes, sha256) = digest(&to).while_trying("read", &to)?;

@@ -1,18 +1,24 @@
 //! Images on disk: whole or not there, read-only, one for each name, and there as long as a record names them.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
 
-use stencil_core::{Durability, Image, ImageDir, ImageName, Metadata, NewImage, Store, StoreError, VmSpec};
+use stencil_core::{
+    DiskFormat, Durability, Image, ImageDir, ImageDisk, ImageName, Metadata, NewImage, Store, StoreError,
+    VmSpec,
+};
 
 use crate::given::{self, names};
 
 /// The SHA-256 of "kernel" and of nothing, as sha256sum(1) has them.
 const OF_KERNEL: &str = "6923dd1bc0460082c5d55a831908c24a282860b7f1cd6c2b79cf1bc8857c639c";
 const OF_NOTHING: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+/// The size of a disk, in bytes.
+const DISK_BYTES: u64 = 8 << 20;
 
 fn name(text: &str) -> ImageName {
     text.parse().unwrap()
@@ -25,17 +31,31 @@ fn file(scratch: &Path, content: &str) -> PathBuf {
     path
 }
 
+/// A disk to take, of which all but the middle is a hole.
+fn sparse(scratch: &Path) -> PathBuf {
+    let path = scratch.join("disk-to-take");
+    let disk = fs::File::create(&path).unwrap();
+    disk.set_len(DISK_BYTES).unwrap();
+    disk.write_all_at(b"middle", DISK_BYTES / 2).unwrap();
+    path
+}
+
 fn begun(store: &Store, called: &str) -> (NewImage, Image) {
     let new = store.begin_image(&name(called)).unwrap();
     let data = store.data().path();
     let kernel = new.take(&file(data, "kernel"), ImageDir::KERNEL).unwrap();
     let initrd = new.take(&file(data, ""), ImageDir::INITRD).unwrap();
+    let disk = ImageDisk {
+        file: new.take(&sparse(data), &ImageDir::disk_name(0)).unwrap(),
+        format: DiskFormat::Raw,
+    };
     let image = Image {
         schema: Image::SCHEMA,
         name: name(called),
         created_at: given::time(),
         kernel,
         initrd: Some(initrd),
+        disks: vec![disk],
         cmdline: "console=ttyS0".to_owned(),
         other: serde_json::Map::new(),
     };
@@ -70,11 +90,27 @@ fn an_image_is_taken_whole_and_read_only() {
     assert_eq!(image.initrd.unwrap().sha256, OF_NOTHING);
     let dir = store.data().image(&image.name);
     assert_eq!(fs::read(dir.kernel()).unwrap(), b"kernel");
-    assert_eq!(names(dir.path()), ["image.json", "initrd", "kernel"]);
-    for path in [dir.kernel(), dir.initrd()] {
+    assert_eq!(names(dir.path()), ["disk0", "image.json", "initrd", "kernel"]);
+    for path in [dir.kernel(), dir.initrd(), dir.disk(0)] {
         assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o400);
     }
     insta::assert_snapshot!(fs::read_to_string(dir.record()).unwrap());
+}
+
+#[test]
+fn a_disk_of_an_image_keeps_its_holes() {
+    let (_scratch, store) = given::store();
+    let image = added(&store, "debian");
+    let disk = store.data().image(&image.name).disk(0);
+    let found = fs::metadata(&disk).unwrap();
+    assert_eq!((found.len(), image.disks[0].file.bytes), (DISK_BYTES, DISK_BYTES));
+    // st_blocks counts in 512 bytes (stat(2)).
+    assert!(found.blocks() * 512 < DISK_BYTES / 2, "{} blocks", found.blocks());
+    let content = fs::read(disk).unwrap();
+    let (before, from_middle) = content.split_at(content.len() / 2);
+    let (middle, after) = from_middle.split_at(b"middle".len());
+    assert_eq!(middle, b"middle");
+    assert!(before.iter().chain(after).all(|byte| *byte == 0));
 }
 
 #[test]
@@ -229,7 +265,7 @@ fn an_image_whose_users_cannot_be_told_is_not_removed() {
 #[test]
 fn a_damaged_image_says_what_is_wrong_and_can_be_removed() {
     type Damage = (fn(&ImageDir), &'static str);
-    let damages: [Damage; 5] = [
+    let damages: [Damage; 6] = [
         (
             |dir| fs::write(dir.record(), "{").unwrap(),
             "its record cannot be read: it is no valid JSON",
@@ -239,6 +275,7 @@ fn a_damaged_image_says_what_is_wrong_and_can_be_removed() {
             "its record cannot be read: No such file",
         ),
         (|dir| fs::remove_file(dir.initrd()).unwrap(), "initrd is missing"),
+        (|dir| fs::remove_file(dir.disk(0)).unwrap(), "disk0 is missing"),
         (
             |dir| {
                 fs::remove_file(dir.kernel()).unwrap();

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
-use stencil_core::{InstanceDir, State};
-use stencil_engine::{CreateRequest, DiskRequest, EngineError, ForkRequest};
+use stencil_core::{DiskFormat, InstanceDir, State};
+use stencil_engine::{CreateRequest, DiskRequest, EngineError, ForkRequest, ImageRequest};
 
 use crate::scripted::House;
 
@@ -103,6 +103,52 @@ async fn forks_write_to_their_own_disks_and_nobody_sees_what_another_one_writes(
     assert_eq!(house.read("warm-3", PLACES[1]).await, [0xbb; 8]);
     assert_eq!(&house.read("warm", PLACES[0]).await, b"template");
     assert_eq!(fs::read(house.base()).unwrap(), vec![0xbb; DISK_BYTES]);
+}
+
+#[tokio::test]
+async fn instances_of_an_image_write_to_layers_of_their_own_on_its_disks() {
+    let house = House::new().await;
+    fs::write(house.base(), vec![0xbb; DISK_BYTES]).unwrap();
+    let named = house.request("web");
+    let image = ImageRequest {
+        name: "debian".parse().unwrap(),
+        kernel: named.kernel.clone().unwrap(),
+        initrd: None,
+        disks: vec![house.base()],
+        cmdline: String::new(),
+    };
+    let added = house.engine.add_image(image.clone()).await.unwrap();
+    assert_eq!(added.disks[0].format, DiskFormat::Raw);
+    assert_eq!(added.disks[0].file.bytes, DISK_BYTES as u64);
+    // The image has one of its own: this one becomes another's.
+    let own = DiskRequest {
+        path: house.base(),
+        read_only: false,
+    };
+    fs::write(house.base(), vec![0xee; DISK_BYTES]).unwrap();
+    let request = CreateRequest {
+        image: Some(image.name.clone()),
+        kernel: None,
+        disks: vec![own],
+        ..named
+    };
+    house.engine.create(request).await.unwrap();
+    assert_eq!(house.layers("web").await, ["disk0.qcow2", "disk1.qcow2"]);
+    assert_eq!(house.read("web", 0).await, [0xbb; 8]);
+    house.engine.standby("web").await.unwrap();
+    for what in [b"fork one", b"fork two"] {
+        let fork = house.fork_now("web").await.unwrap();
+        assert_eq!(house.read(&fork, 0).await, [0xbb; 8]);
+        house.write(&fork, 0, what).await;
+        assert_eq!(&house.read(&fork, 0).await, what);
+    }
+    let disk = house.data.path().join("images/debian/disk0");
+    assert_eq!(fs::metadata(&disk).unwrap().mode() & 0o777, 0o400);
+    assert_eq!(fs::read(disk).unwrap(), vec![0xbb; DISK_BYTES]);
+    house.engine.delete("web").await.unwrap();
+    let refused = house.engine.remove_image(image.name).await.unwrap_err();
+    let told = stencil_core::error_chain(&refused).to_string();
+    assert!(told.ends_with(": delete web-1, web-2 first"), "{told}");
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ impl House {
             name: debian(),
             kernel: self.request("any").kernel.unwrap(),
             initrd: Some(initrd),
+            disks: Vec::new(),
             cmdline: "console=ttyS0".to_owned(),
         }
     }
@@ -133,16 +134,29 @@ async fn an_image_that_cannot_be_booted_is_not_added() {
     let house = House::new().await;
     let request = house.image_request();
     let missing = || house.data.path().join("missing");
-    let text = house.data.path().join("initrd.img");
-    for (kernel, initrd, expected) in [
-        (missing(), None, "is not there"),
-        (text, None, "is neither an ELF file nor a bzImage"),
-        (request.kernel.clone(), Some(missing()), "is not there"),
-        ("kernel.elf".into(), None, "is a relative path"),
+    let text = || house.data.path().join("initrd.img");
+    let on_another = house.data.path().join("overlay.qcow2");
+    // Version 3, on a backing file whose name is at offset 1.
+    fs::write(
+        &on_another,
+        [&b"QFI\xfb\0\0\0\x03\0\0\0\0\0\0\0\x01"[..], &[0; 64]].concat(),
+    )
+    .unwrap();
+    let kernel = || request.kernel.clone();
+    for (kernel, initrd, disks, expected) in [
+        (missing(), None, vec![], "is not there"),
+        (text(), None, vec![], "is neither an ELF file nor a bzImage"),
+        (kernel(), Some(missing()), vec![], "is not there"),
+        ("kernel.elf".into(), None, vec![], "is a relative path"),
+        (kernel(), None, vec![missing()], "is not there"),
+        (kernel(), None, vec![text()], "is no disk image"),
+        (kernel(), None, vec![on_another], "is an image on a backing file"),
+        (kernel(), None, vec![missing(); 17], "there are 17 disks"),
     ] {
         let bad = ImageRequest {
             kernel,
             initrd,
+            disks,
             ..request.clone()
         };
         let refused = house.engine.add_image(bad).await;

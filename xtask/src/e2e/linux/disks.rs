@@ -1,4 +1,4 @@
-//! The disk of a Linux guest, and those of its forks.
+//! The disks of a Linux guest, and those of its forks: the first is its image's, the second was given to it by its path.
 
 use std::path::PathBuf;
 
@@ -8,16 +8,27 @@ use super::{Failure, Linux, Scenario, holds, same};
 use crate::e2e::vm::Vm;
 use crate::e2e::world::World;
 
-pub(super) const SCENARIOS: &[Scenario] = &[(
-    "forks of linux write to the same place of their disk, and none sees another's",
-    are_their_own,
-)];
+pub(super) const SCENARIOS: &[Scenario] = &[
+    (
+        "forks of linux write to the same place of their disk, and none sees another's",
+        are_their_own,
+    ),
+    (
+        "forks of linux write to their image's disk, which stays as it is and as long as they do",
+        of_the_image_are_their_own,
+    ),
+];
+
+/// The image that the template is made of.
+pub(super) const IMAGE: &str = "debian";
+const IMAGE_DISK: &str = "/dev/vda";
+const OWN_DISK: &str = "/dev/vdb";
 
 const BYTES: usize = 8 << 20;
-/// What lies at the beginning of the base.
+/// What lies at the beginning of a base.
 const BASE: &str = "base";
 
-/// Makes the image that the template's disk is based on.
+/// Makes the image file that both disks are based on.
 pub(super) fn base(world: &World) -> Result<PathBuf, Failure> {
     let path = world.server.scratch().join("disk.img");
     std::fs::write(&path, content()).map_err(Failure::file(&path))?;
@@ -30,40 +41,66 @@ fn content() -> Vec<u8> {
     content
 }
 
+/// That the file at `path` is the base as it was made.
+fn is_untouched(path: PathBuf) -> Result<(), Failure> {
+    let is = std::fs::read(&path).map_err(Failure::file(&path))?;
+    holds(is == content(), path.display().to_string(), "as it was", is.len())
+}
+
+/// That each fork has the base on this disk, and then what it wrote itself.
+fn keep_apart(forks: &[Vm], disk: &str) -> Result<(), Failure> {
+    for fork in forks {
+        same("what a fork finds on its disk", BASE, &*read(fork, disk)?)?;
+    }
+    for fork in forks {
+        write(fork, disk, &fork.name)?;
+    }
+    for fork in forks {
+        same("what a fork has on its disk", &*fork.name, &*read(fork, disk)?)?;
+    }
+    Ok(())
+}
+
 fn are_their_own(linux: &mut Linux) -> Result<(), Failure> {
     let forks = linux.forks(3)?;
-    for fork in &forks {
-        same("what a fork finds on its disk", BASE, &*read(fork)?)?;
-    }
-    for fork in &forks {
-        write(fork, &fork.name)?;
-    }
-    for fork in &forks {
-        same("what a fork has on its disk", &*fork.name, &*read(fork)?)?;
-    }
+    keep_apart(&forks, OWN_DISK)?;
     // What a fork wrote is what its own forks begin with.
     let [fork, ..] = &*forks else { return Ok(()) };
     fork.act("standby")?;
     fork.act("promote-template")?;
     let next = fork.fork(json!({}))?;
-    same("what a fork of it finds", &*fork.name, &*read(&next)?)?;
-    write(&next, &next.name)?;
+    same("what a fork of it finds", &*fork.name, &*read(&next, OWN_DISK)?)?;
+    write(&next, OWN_DISK, &next.name)?;
     let last = fork.fork(json!({}))?;
-    same("what another one finds", &*fork.name, &*read(&last)?)?;
-    let base = linux.world.server.scratch().join("disk.img");
-    let is = std::fs::read(&base).map_err(Failure::file(&base))?;
-    holds(is == content(), "the base image", "as it was", is.len())
+    same("what another one finds", &*fork.name, &*read(&last, OWN_DISK)?)?;
+    is_untouched(linux.world.server.scratch().join("disk.img"))
+}
+
+fn of_the_image_are_their_own(linux: &mut Linux) -> Result<(), Failure> {
+    let forks = linux.forks(2)?;
+    keep_apart(&forks, IMAGE_DISK)?;
+    let path = format!("/images/{IMAGE}");
+    is_untouched(linux.world.server.data().join(&path[1..]).join("disk0"))?;
+    let refused = linux.world.client.delete(&path)?;
+    same("the removal of an image in use", 409, refused.status)?;
+    same("the reason", "image_in_use", refused.code())?;
+    let users = refused.body["details"]["instances"]
+        .as_array()
+        .map_or(0, Vec::len);
+    same("the instances that are named", 1 + forks.len(), users)
 }
 
 /// Writes to the beginning of the disk; it is there when this returns.
-fn write(vm: &Vm, text: &str) -> Result<(), Failure> {
+fn write(vm: &Vm, disk: &str, text: &str) -> Result<(), Failure> {
     vm.sh(&format!(
-        "printf %s {text} | dd of=/dev/vda bs=512 conv=sync,fsync 2>&1"
+        "printf %s {text} | dd of={disk} bs=512 conv=sync,fsync 2>&1"
     ))
     .map(drop)
 }
 
 /// Reads the beginning of the disk, and not of what the kernel remembers of it.
-fn read(vm: &Vm) -> Result<String, Failure> {
-    vm.sh("echo 1 >/proc/sys/vm/drop_caches; head -c 512 /dev/vda | tr -d '\\0'")
+fn read(vm: &Vm, disk: &str) -> Result<String, Failure> {
+    vm.sh(&format!(
+        "echo 1 >/proc/sys/vm/drop_caches; head -c 512 {disk} | tr -d '\\0'"
+    ))
 }
