@@ -194,6 +194,12 @@ impl AgentLink {
         let _ = self.asks.send(Ask::Thaw).await;
     }
 
+    /// Asks the guest to power itself off; whether there is somebody to hear it.
+    pub(crate) async fn power_off(&self) -> bool {
+        let is_there = matches!(self.state(), AgentState::Ready | AgentState::Connected);
+        is_there && self.asks.send(Ask::PowerOff).await.is_ok()
+    }
+
     async fn open(&self, exec: Exec) -> Result<ExecSession, NotOpened> {
         let id = SessionId(self.sessions.fetch_add(1, Ordering::Relaxed));
         // From here on it is ended when the caller goes away.

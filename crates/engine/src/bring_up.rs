@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use stencil_core::{
     Durability, Epoch, EpochId, EpochKind, HypervisorName, InstanceDir, InstanceId, MemoryMode, Metadata,
-    SnapshotDir, SnapshotFacts, SnapshotManifest, VmGeneration, VmmRecord, error_chain,
+    SnapshotDir, SnapshotFacts, SnapshotManifest, State, VmGeneration, VmmRecord, error_chain,
 };
 use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmProcess};
 
@@ -72,8 +72,12 @@ impl Engine {
         &self,
         slot: &Arc<Slot>,
         metadata: Metadata,
+        state: State,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
+        if state == State::Running && self.power_off(slot, &metadata).await {
+            stopwatch.lap("power_off");
+        }
         let metadata = self.end_vmm(slot, metadata, Durability::Renamed).await?;
         if metadata.is_template {
             self.demote_now(slot, &metadata, stopwatch).await?;

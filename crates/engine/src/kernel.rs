@@ -31,13 +31,18 @@ pub(crate) enum NoKernel {
 }
 
 pub(crate) fn check(file: &File) -> Result<(), NoKernel> {
-    if starts_with(file, BZIMAGE_MAGIC, BZIMAGE_MAGIC_OFFSET) {
+    if is_bzimage(file) {
         return Ok(());
     }
     if !starts_with(file, &elf::abi::ELFMAGIC, 0) {
         return Err(NoKernel::OtherFormat);
     }
     check_elf(file)
+}
+
+/// Whether a file has the format of Linux's own.
+pub(crate) fn is_bzimage(file: &File) -> bool {
+    starts_with(file, BZIMAGE_MAGIC, BZIMAGE_MAGIC_OFFSET)
 }
 
 fn starts_with(file: &File, magic: &[u8; 4], offset: u64) -> bool {

@@ -19,6 +19,7 @@
 //! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
+//! | `power_off` | a guest is asked to power itself off before its VMM is ended |
 //! | `agent` | the agent in a guest: who the guest is in this epoch, and commands in it |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
 //! | `changes`, `wait` | waiting without polling |
@@ -85,6 +86,7 @@ mod limits;
 mod names;
 mod observe;
 mod pool;
+mod power_off;
 mod prepare;
 mod pressure;
 mod readiness;

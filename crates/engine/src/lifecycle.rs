@@ -23,7 +23,8 @@ impl Engine {
         self.change(reference, Change::Start).await
     }
 
-    /// Ends the VM without asking the guest; on standby, throws the snapshot away.
+    /// Ends the VM; on standby, throws the snapshot away. A guest that is Running is asked to power itself off before that, by
+    /// its agent or its power button, and has some seconds for it.
     ///
     /// # Errors
     ///
@@ -112,7 +113,7 @@ impl Engine {
         } = seen;
         match change {
             Change::Start => self.boot(slot, metadata, stopwatch).await,
-            Change::Stop => self.shut_down(slot, metadata, stopwatch).await,
+            Change::Stop => self.shut_down(slot, metadata, observed.state, stopwatch).await,
             Change::Pause => self.pause_vm(slot, &metadata, stopwatch).await,
             Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
             Change::Standby => {

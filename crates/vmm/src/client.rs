@@ -36,7 +36,7 @@ const INFO_DEADLINE: Duration = Duration::from_millis(500);
 const SHORT_DEADLINE: Duration = Duration::from_secs(10);
 /// For calls that may read or write all of the guest's memory, or a kernel: gigabytes on a slow disk.
 const BULK_DEADLINE: Duration = Duration::from_secs(120);
-/// For `vmm.shutdown`: whoever does not answer it is sent a signal next, and that needs no patience.
+/// For `vm.power-button` and `vmm.shutdown`: whoever does not answer is sent a signal in the end, and that needs no patience.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The most that is quoted of an error reply that is no JSON.
@@ -67,6 +67,8 @@ pub enum Call {
     Info,
     /// `vm.counters`
     Counters,
+    /// `vm.power-button`
+    PowerButton,
     /// `vmm.shutdown`
     Shutdown,
 }
@@ -78,7 +80,7 @@ impl Call {
             Self::Info | Self::Counters => INFO_DEADLINE,
             Self::Ping | Self::Create | Self::Pause | Self::Resume => SHORT_DEADLINE,
             Self::Boot | Self::Snapshot | Self::Restore | Self::ReceiveMigration => BULK_DEADLINE,
-            Self::Shutdown => SHUTDOWN_DEADLINE,
+            Self::PowerButton | Self::Shutdown => SHUTDOWN_DEADLINE,
         }
     }
 
@@ -101,6 +103,7 @@ impl Call {
             Self::ReceiveMigration => path::VM_RECEIVE_MIGRATION,
             Self::Info => path::VM_INFO,
             Self::Counters => path::VM_COUNTERS,
+            Self::PowerButton => path::VM_POWER_BUTTON,
             Self::Shutdown => path::VMM_SHUTDOWN,
         }
     }
@@ -219,6 +222,14 @@ impl Client {
             Err(VmmError::Rejected { status: 404, .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Presses the machine's power button.
+    ///
+    /// # Errors
+    /// See [`VmmError`].
+    pub async fn press_power_button(&self) -> Result<(), VmmError> {
+        self.act(Call::PowerButton).await
     }
 
     /// Asks the VMM to end. That it answers does not mean that it has ended.

@@ -295,6 +295,10 @@ impl Hypervisor for CloudHypervisor {
         agent::connect(dir).await
     }
 
+    async fn press_power_button(&self, dir: &InstanceDir) -> Result<bool, VmmError> {
+        Client::new(dir)?.press_power_button().await.map(|()| true)
+    }
+
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
         let exit = rest::stop(dir, vmm).await?;
         served::until_ended(dir).await?;

@@ -122,6 +122,15 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Presses the power button of a machine that runs; whether it has one. A guest that listens to it powers itself off, sooner
+    /// or later.
+    ///
+    /// # Errors
+    /// [`VmmError::Rejected`] when the VM does not run.
+    async fn press_power_button(&self, _dir: &InstanceDir) -> Result<bool, VmmError> {
+        Ok(false)
+    }
+
     /// Ends the VMM and with it the VM, whatever they are doing: asks it, then SIGTERM, then SIGKILL, each with a
     /// bounded wait. Returns when the process is proved dead and its sockets are removed.
     ///

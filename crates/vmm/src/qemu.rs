@@ -323,6 +323,12 @@ impl Hypervisor for Qemu {
         Some(read_started(dir).ok()?.machine.accelerator)
     }
 
+    async fn press_power_button(&self, dir: &InstanceDir) -> Result<bool, VmmError> {
+        let mut monitor = Monitor::open(dir, Call::PowerButton).await?;
+        monitor.expect(RunState::Running).await?;
+        monitor.press_power_button().await.map(|()| true)
+    }
+
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
         let quit = async { Monitor::open(dir, Call::Shutdown).await?.quit().await };
         rest::end(dir, vmm, quit).await

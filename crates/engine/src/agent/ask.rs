@@ -40,6 +40,7 @@ pub(super) enum Ask {
     },
     Freeze(oneshot::Sender<Result<(), String>>),
     Thaw,
+    PowerOff,
 }
 
 /// A command does not run.

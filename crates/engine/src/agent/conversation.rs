@@ -297,6 +297,7 @@ impl Conversation {
                 self.say(&ToGuest::Freeze);
             }
             Ask::Thaw => self.tell_epoch(),
+            Ask::PowerOff => self.say(&ToGuest::PowerOff),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod commands;
 mod guest;
+mod power_off;
 
 use std::collections::HashSet;
 use std::fs;

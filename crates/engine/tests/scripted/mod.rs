@@ -127,6 +127,12 @@ impl Scripted {
         }
     }
 
+    /// The guests of all VMs power themselves off.
+    pub(crate) fn power_guests_off(&self) {
+        let mut phases = self.phases.lock().unwrap();
+        phases.values_mut().for_each(|phase| *phase = VmPhase::Shutdown);
+    }
+
     fn set(&self, dir: &InstanceDir, phase: VmPhase) {
         self.phases.lock().unwrap().insert(key(dir), phase);
     }
@@ -262,6 +268,12 @@ impl Hypervisor for Scripted {
 
     fn last_words(&self, _dir: &InstanceDir) -> Option<String> {
         None
+    }
+
+    async fn press_power_button(&self, dir: &InstanceDir) -> Result<bool, VmmError> {
+        self.call("press the power button")?;
+        self.set(dir, VmPhase::Shutdown);
+        Ok(true)
     }
 
     async fn stop(&self, dir: &InstanceDir, process: &VmmProcess) -> Result<Exit, VmmError> {

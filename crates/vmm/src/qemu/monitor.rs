@@ -151,6 +151,11 @@ impl Monitor {
         self.execute("stop", &json!({})).await.map(drop)
     }
 
+    /// Presses the machine's power button.
+    pub(super) async fn press_power_button(&mut self) -> Result<(), VmmError> {
+        self.execute("system_powerdown", &json!({})).await.map(drop)
+    }
+
     /// Asks QEMU to end.
     pub(super) async fn quit(&mut self) -> Result<(), VmmError> {
         self.execute("quit", &json!({})).await.map(drop)

@@ -183,6 +183,8 @@ async fn a_vm_lives_from_create_to_its_end() {
     world.vmm.pause(&dir).await.unwrap();
     assert_eq!(world.phase(&dir).await, VmPhase::Paused);
     world.vmm.resume(&dir).await.unwrap();
+    assert!(world.vmm.press_power_button(&dir).await.unwrap());
+    // This guest does not listen to it.
     world.say(&dir, &process, "c", "1").await;
 
     assert_eq!(world.vmm.stop(&dir, &process).await.unwrap(), Exit::Code(0));

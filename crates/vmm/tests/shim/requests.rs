@@ -115,6 +115,20 @@ async fn restore_says_how_and_as_which_machine() {
 }
 
 #[tokio::test]
+async fn the_power_button_is_pressed_without_a_body() {
+    let done = Reply::text("HTTP/1.1 204 No Content\r\n\r\n");
+    let (request, pressed) = exchange(done, async |_, dir| {
+        Client::new(&dir).unwrap().press_power_button().await
+    })
+    .await;
+    pressed.unwrap();
+    assert!(
+        request.starts_with("PUT /api/v1/vm.power-button HTTP/1.1\r\n"),
+        "{request}"
+    );
+}
+
+#[tokio::test]
 async fn shutdown_is_asked_of_the_vmm() {
     let (request, asked) = exchange(Reply::Recorded("vmm-shutdown"), async |_, dir| {
         Client::new(&dir).unwrap().shutdown().await

@@ -78,7 +78,12 @@ fn agent_comes_back(linux: &mut Linux) -> Result<(), Failure> {
     same("a command before nonsense", "agent_lost", reply.code())?;
     runs_commands_again(&vm)?;
     vm.sh("test -e /run/said")?;
-    vm.is_in("Running")
+    vm.is_in("Running")?;
+    // Nor does one keep its guest from being stopped that does not hear that it is to power off.
+    let reply = run("kill -STOP $(pidof stencil-agent)")?;
+    same("the last command", "agent_lost", reply.code())?;
+    vm.act("stop")?;
+    vm.is_in("Stopped")
 }
 
 /// That commands can be run again some time after the agent was lost. Each try waits for the agent a while itself.

@@ -17,6 +17,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "forks of linux write to their image's disk, which stays as it is and as long as they do",
         of_the_image_are_their_own,
     ),
+    (
+        "what linux had not written to its disk before a stop is there at the next start",
+        stop_lets_it_write,
+    ),
 ];
 
 /// The image that the template is made of.
@@ -88,6 +92,21 @@ fn of_the_image_are_their_own(linux: &mut Linux) -> Result<(), Failure> {
         .as_array()
         .map_or(0, Vec::len);
     same("the instances that are named", 1 + forks.len(), users)
+}
+
+fn stop_lets_it_write(linux: &mut Linux) -> Result<(), Failure> {
+    let fork = linux.template.fork(json!({}))?;
+    // It keeps the disk open, for the last one to close it has the kernel write.
+    fork.sh(&format!(
+        "sh -c 'printf %s {} >&3; touch /run/wrote; sleep 1000' 3<>{OWN_DISK} >/dev/null 2>&1 &
+        until [ -e /run/wrote ]; do sleep 0.1; done",
+        fork.name
+    ))?;
+    fork.act("stop")?;
+    fork.is_in("Stopped")?;
+    fork.act("start")?;
+    fork.wait_for_boot()?;
+    same("what it finds on its disk", &*fork.name, &*read(&fork, OWN_DISK)?)
 }
 
 /// Writes to the beginning of the disk; it is there when this returns.

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::mount::MountFlags;
+use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::WaitOptions;
 use rustix::system::RebootCommand;
 
@@ -38,6 +38,8 @@ const MOUNTS: [(&CStr, &str, &CStr); 8] = [
 
 /// Processes that are asked to end have so long.
 const END_LIMIT: Duration = Duration::from_secs(3);
+/// Those that were killed have so long: what they have open keeps file systems busy.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Is init until the machine is off. It never returns: when init ends, the kernel panics.
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
@@ -93,6 +95,7 @@ fn mount(kind: &CStr, place: &str, options: &CStr) {
 fn power_off() -> io::Result<Infallible> {
     end_processes()?;
     rustix::fs::sync();
+    unmount_all();
     let command = if Path::new("/sys/firmware/acpi").exists() {
         RebootCommand::PowerOff
     } else {
@@ -107,7 +110,15 @@ fn power_off() -> io::Result<Infallible> {
 fn end_processes() -> io::Result<()> {
     let signals = Signals::block()?;
     signal_all(libc::SIGTERM);
-    let deadline = Instant::now() + END_LIMIT;
+    until_ended(&signals, END_LIMIT);
+    signal_all(libc::SIGKILL);
+    until_ended(&signals, KILL_LIMIT);
+    Ok(())
+}
+
+/// Waits until no process is left but init, at most for `limit`.
+fn until_ended(signals: &Signals, limit: Duration) {
+    let deadline = Instant::now() + limit;
     // Whoever is left belongs to init, whose child it became when its parent ended.
     while let Ok(ended) = rustix::process::wait(WaitOptions::NOHANG) {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -121,8 +132,32 @@ fn end_processes() -> io::Result<()> {
             signals.take();
         }
     }
-    signal_all(libc::SIGKILL);
-    Ok(())
+}
+
+/// Takes the file systems of devices away, the last one first, so that they are whole. One that cannot be, as that of the root
+/// cannot, becomes read-only.
+fn unmount_all() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mount in mounts.lines().rev() {
+        let mut fields = mount.split(' ');
+        let (Some(source), Some(place)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        if !source.starts_with("/dev/") {
+            continue;
+        }
+        // What a field cannot have in it is there in octal (proc_pid_mounts(5)).
+        let place = place
+            .replace("\\040", " ")
+            .replace("\\011", "\t")
+            .replace("\\012", "\n")
+            .replace("\\134", "\\");
+        if rustix::mount::unmount(&*place, UnmountFlags::empty()).is_err()
+            && let Err(error) = rustix::mount::mount_remount(&*place, MountFlags::RDONLY, c"")
+        {
+            log(&format!("could not unmount {place}: {error}"));
+        }
+    }
 }
 
 /// Sends a signal to every process but init.
