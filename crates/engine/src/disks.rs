@@ -20,7 +20,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use stencil_core::{DiskFormat, DiskSpec, InstanceDir, VmSpec};
+use stencil_core::{DiskFormat, DiskSpec, Durability, InstanceDir, VmSpec};
 
 use crate::EngineError;
 use crate::admission::{check_disk, utf8};
@@ -41,9 +41,9 @@ pub(crate) fn make_first(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineE
     Ok(())
 }
 
-/// Sees that nobody else has the layers that the guest is going to write.
+/// Sees that nobody else has the layers that the guest is going to write. Each step is synced before the next one relies on it.
 pub(crate) fn make_own(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
-    let mut is_new = false;
+    let mut shared = Vec::new();
     for (disk, _) in written(spec) {
         let path = dir.disk(disk);
         let names = fs::metadata(&path)
@@ -52,12 +52,17 @@ pub(crate) fn make_own(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineErr
         if names > 1 {
             let layer = last_layer(dir, disk)?;
             link(&path, &dir.frozen_disk(disk, layer))?;
-            put_on(dir, disk, layer)?;
-            is_new = true;
+            shared.push((disk, layer));
         }
     }
-    // What the guest has written down in them must not go with their names.
-    if is_new { sync(dir, spec) } else { Ok(()) }
+    if shared.is_empty() {
+        return Ok(());
+    }
+    sync(dir, spec)?;
+    for (disk, layer) in shared {
+        put_on(dir, disk, layer, Durability::Synced)?;
+    }
+    sync(dir, spec)
 }
 
 /// The layers of a fork in `to`, of an instance in `from` whose guest does not write.
@@ -68,18 +73,13 @@ pub(crate) fn fork(from: &InstanceDir, to: &InstanceDir, spec: &VmSpec) -> Resul
             link(&from.frozen_disk(disk, layer), &to.frozen_disk(disk, layer))?;
         }
         link(&from.disk(disk), &to.frozen_disk(disk, last))?;
-        put_on(to, disk, last)?;
+        put_on(to, disk, last, Durability::Renamed)?;
     }
     Ok(())
 }
 
 /// Makes all layers survive a power loss, with what they hold by now and with their names.
 pub(crate) fn sync(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
-    let sync_one = |path: &Path| {
-        let file = File::open(path);
-        file.and_then(|file| file.sync_all())
-            .map_err(EngineError::io("sync", path))
-    };
     for (disk, _) in written(spec) {
         for layer in 0..last_layer(dir, disk)? {
             sync_one(&dir.frozen_disk(disk, layer))?;
@@ -168,12 +168,21 @@ fn link(layer: &Path, name: &Path) -> Result<(), EngineError> {
     }
 }
 
+fn sync_one(path: &Path) -> Result<(), EngineError> {
+    let file = File::open(path);
+    file.and_then(|file| file.sync_all())
+        .map_err(EngineError::io("sync", path))
+}
+
 /// Puts a new layer for the guest on the frozen one of this number.
-fn put_on(dir: &InstanceDir, disk: usize, layer: usize) -> Result<(), EngineError> {
+fn put_on(dir: &InstanceDir, disk: usize, layer: usize, durability: Durability) -> Result<(), EngineError> {
     let (new, path) = (dir.new_disk(disk), dir.disk(disk));
     let size = layer_size(&dir.frozen_disk(disk, layer));
     let backing = InstanceDir::frozen_disk_name(disk, layer);
     size.and_then(|size| make_layer(&new, &backing, DiskFormat::Qcow2, size))
-        .and_then(|()| fs::rename(&new, &path))
-        .map_err(EngineError::io("make", path))
+        .map_err(EngineError::io("make", &path))?;
+    if durability == Durability::Synced {
+        sync_one(&new)?;
+    }
+    fs::rename(&new, &path).map_err(EngineError::io("make", path))
 }

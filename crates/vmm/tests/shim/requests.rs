@@ -123,7 +123,7 @@ async fn the_power_button_is_pressed_without_a_body() {
     .await;
     pressed.unwrap();
     assert!(
-        request.starts_with("PUT /api/v1/vm.power-button HTTP/1.1\r\n"),
+        request.starts_with("PUT /api/v1/vm.power-button HTTP/1.1\n"),
         "{request}"
     );
 }

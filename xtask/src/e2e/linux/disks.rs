@@ -1,6 +1,7 @@
 //! The disks of a Linux guest, and those of its forks: the first is its image's, the second was given to it by its path.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -20,6 +21,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     (
         "what linux had not written to its disk before a stop is there at the next start",
         stop_lets_it_write,
+    ),
+    (
+        "a server killed amid a standby of linux costs neither its memory nor its disk",
+        killed_amid_standby,
     ),
 ];
 
@@ -107,6 +112,33 @@ fn stop_lets_it_write(linux: &mut Linux) -> Result<(), Failure> {
     fork.act("start")?;
     fork.wait_for_boot()?;
     same("what it finds on its disk", &*fork.name, &*read(&fork, OWN_DISK)?)
+}
+
+fn killed_amid_standby(linux: &mut Linux) -> Result<(), Failure> {
+    let vm = linux.template.fork(json!({}))?;
+    let count = vm.counter()?;
+    // The end of the call is as good a moment as any before it: each time another one.
+    for delay in [5, 25, 50, 75, 100, 150] {
+        let text = format!("before-{delay}");
+        write(&vm, OWN_DISK, &text)?;
+        let (client, path) = (linux.world.client.clone(), vm.path("/standby"));
+        let request = std::thread::spawn(move || client.post(&path, json!(null)));
+        // Nothing is waited for: this chooses where in the operation the server dies.
+        std::thread::sleep(Duration::from_millis(delay));
+        linux.world.server.kill9()?;
+        let _ = request.join();
+        linux.world.server.start_again()?;
+        match vm.state()?.as_str() {
+            "Paused" => vm.act("resume").map(drop)?,
+            "Standby" => vm.act("restore").map(drop)?,
+            // Its agent is being found again.
+            _ => {}
+        }
+        vm.wait_for_boot()?;
+        vm.counts_on_from(count)?;
+        same("what it finds on its disk", text, read(&vm, OWN_DISK)?)?;
+    }
+    Ok(())
 }
 
 /// Writes to the beginning of the disk; it is there when this returns.
