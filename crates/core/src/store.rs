@@ -18,6 +18,7 @@ mod atomic;
 mod error;
 mod hot_pages;
 mod images;
+mod keeper;
 mod leftovers;
 mod lock;
 mod new_instance;
@@ -28,6 +29,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::id::InstanceId;
 use crate::layout::{DataDir, MAX_SOCKET_PATH};
@@ -35,6 +37,7 @@ use crate::metadata::Metadata;
 use crate::rules::LiveFork;
 
 use error::IoContext;
+use keeper::Keeper;
 use lock::Lock;
 
 pub use error::{StoreError, UnreadableCause};
@@ -65,7 +68,7 @@ pub struct Store {
     data: DataDir,
     /// The host's boot, which has an id of its own.
     boot: String,
-    image_lock: images::Lock,
+    images: Arc<Keeper>,
     _lock: Lock,
 }
 
@@ -91,7 +94,7 @@ impl Store {
         Ok(Self {
             data,
             boot: boot.trim_end().to_owned(),
-            image_lock: images::Lock::default(),
+            images: Arc::default(),
             _lock: lock,
         })
     }
@@ -107,7 +110,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], also where this id is being made already.
     pub fn begin(&self, id: InstanceId) -> Result<NewInstance, StoreError> {
-        NewInstance::begin(&self.data, &self.image_lock, id)
+        NewInstance::begin(&self.data, &self.images, id)
     }
 
     /// Reads the record of an instance.

@@ -6,7 +6,6 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -23,9 +22,6 @@ static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// How much of a file is read at once for its SHA-256, in bytes.
 const READ_AT_ONCE: usize = 1 << 20;
-
-/// Shared while an instance with an image is committed, exclusive from the counting of an image's users to its removal.
-pub(super) type Lock = Arc<RwLock<()>>;
 
 /// One image that a scan found.
 #[derive(Debug)]
@@ -130,40 +126,30 @@ impl Store {
     pub fn remove_image(&self, name: &ImageName) -> Result<(), StoreError> {
         let path = self.data.image(name).path().to_owned();
         let deleted = numbered(&self.data, DEL_PREFIX);
-        {
-            // Nothing panics while it holds this lock, here and below.
-            let _alone = self.image_lock.write().unwrap_or_else(PoisonError::into_inner);
+        let has_no_users = || {
             if is_missing(&path) {
                 return Err(StoreError::NoImage { name: name.clone() });
             }
             let users = self.image_users(name)?;
-            if !users.is_empty() {
-                return Err(StoreError::ImageInUse {
-                    name: name.clone(),
-                    users,
-                });
+            if users.is_empty() {
+                return Ok(());
             }
-            fs::rename(&path, &deleted).while_trying("remove", &path)?;
-        }
+            Err(StoreError::ImageInUse {
+                name: name.clone(),
+                users,
+            })
+        };
+        let go = || match fs::rename(&path, &deleted) {
+            // Somebody else removed it meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(StoreError::NoImage { name: name.clone() })
+            }
+            gone => gone.while_trying("remove", &path),
+        };
+        self.images.when_unused(name, has_no_users, go)?;
         atomic::sync_dir(&self.data.images())?;
         atomic::remove_all(&deleted)
     }
-}
-
-/// As long as the guard lives, the image is not removed.
-///
-/// # Errors
-/// [`StoreError::NoImage`] if it was.
-pub(super) fn keep<'a>(
-    lock: &'a Lock,
-    data: &DataDir,
-    name: &ImageName,
-) -> Result<RwLockReadGuard<'a, ()>, StoreError> {
-    let guard = lock.read().unwrap_or_else(PoisonError::into_inner);
-    if is_missing(&data.image(name).record()) {
-        return Err(StoreError::NoImage { name: name.clone() });
-    }
-    Ok(guard)
 }
 
 /// Copies a file and leaves its holes holes.

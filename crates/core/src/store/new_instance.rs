@@ -8,7 +8,8 @@ use crate::layout::{DataDir, InstanceDir, SnapshotDir};
 use crate::manifest::SnapshotManifest;
 use crate::metadata::Metadata;
 use crate::store::error::{IoContext, StoreError};
-use crate::store::{Durability, atomic, images, json, snapshot};
+use crate::store::keeper::Keeper;
+use crate::store::{Durability, atomic, json, snapshot};
 
 /// An instance that is being made. Dropped without [`commit`](NewInstance::commit), it is removed.
 ///
@@ -18,22 +19,18 @@ pub struct NewInstance {
     id: InstanceId,
     dir: InstanceDir,
     data: DataDir,
-    image_lock: images::Lock,
+    images: Arc<Keeper>,
 }
 
 impl NewInstance {
-    pub(super) fn begin(
-        data: &DataDir,
-        image_lock: &images::Lock,
-        id: InstanceId,
-    ) -> Result<Self, StoreError> {
+    pub(super) fn begin(data: &DataDir, images: &Arc<Keeper>, id: InstanceId) -> Result<Self, StoreError> {
         let dir = data.new_instance(&id);
         atomic::create_dir(dir.path())?;
         Ok(Self {
             id,
             dir,
             data: data.clone(),
-            image_lock: Arc::clone(image_lock),
+            images: Arc::clone(images),
         })
     }
 
@@ -102,9 +99,8 @@ impl NewInstance {
             });
         }
         let image = metadata.spec.image.as_ref();
-        let _kept = image
-            .map(|image| images::keep(&self.image_lock, &self.data, image))
-            .transpose()?;
+        let images = Arc::clone(&self.images);
+        let _kept = image.map(|image| images.keep(&self.data, image)).transpose()?;
         atomic::replace(&self.dir.metadata(), &json(metadata)?, durability)?;
         let target = self.data.instance(&self.id);
         fs::rename(self.dir.path(), target.path()).while_trying("create", target.path())?;
