@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -30,7 +31,7 @@ impl Engine {
     /// # Errors
     ///
     /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::Io`] if the log cannot be read.
-    pub fn console(
+    pub async fn console(
         &self,
         reference: &str,
         tail: Option<u64>,
@@ -38,17 +39,10 @@ impl Engine {
     ) -> Result<ConsoleStream, EngineError> {
         let slot = self.inner.registry.find(reference)?;
         let dir = self.dir(&slot.id);
-        let path = dir.console_log();
         // Watched before it is read, so that nothing is missed in between.
         let changes = follow.then(|| self.changes(&slot)).transpose()?;
-        let mut log = match File::open(&path) {
-            Ok(log) => Some(log),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => return Err(EngineError::io("read", path)(error)),
-        };
-        if let (Some(log), Some(lines)) = (&mut log, tail) {
-            seek_to_last_lines(log, lines).map_err(EngineError::io("read", &path))?;
-        }
+        let path = dir.console_log();
+        let log = self.with_files(move |_| open_log(&path, tail)).await?;
         Ok(Box::pin(follow_log(Follow {
             log,
             dir,
@@ -117,6 +111,19 @@ fn follow_log(follow: Follow) -> impl Stream<Item = Result<Bytes, EngineError>> 
             }
         }
     })
+}
+
+/// The log, if there is one; at the beginning of its last `tail` lines.
+fn open_log(path: &Path, tail: Option<u64>) -> Result<Option<File>, EngineError> {
+    let mut log = match File::open(path) {
+        Ok(log) => log,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(EngineError::io("read", path)(error)),
+    };
+    if let Some(lines) = tail {
+        seek_to_last_lines(&mut log, lines).map_err(EngineError::io("read", path))?;
+    }
+    Ok(Some(log))
 }
 
 /// Moves the file's position to the beginning of its last `lines` lines.

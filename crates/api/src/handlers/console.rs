@@ -23,7 +23,8 @@ pub(crate) async fn read(
     Reference(id): Reference,
     Asked(asked): Asked<ReadConsole>,
 ) -> Result<impl IntoResponse, ApiError> {
-    let output = engine.console(&id, asked.tail, asked.follow)?.map(|chunk| {
+    let output = engine.console(&id, asked.tail, asked.follow).await?;
+    let output = output.map(|chunk| {
         chunk.map_err(|error| {
             tracing::error!(
                 error = error_chain(&error),

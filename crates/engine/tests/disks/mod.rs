@@ -2,8 +2,11 @@
 //! a guest would write is written here, to the layer that its VMM would be given.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc;
+use std::thread;
 
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
@@ -348,4 +351,46 @@ async fn a_read_only_disk_has_no_layer_and_a_base_that_became_another_is_told_at
         matches!(&refused, Err(EngineError::Invalid(why)) if why.contains("is not there")),
         "{refused:?}"
     );
+}
+
+/// Whether others go on while `operation` waits for the file at `pipe`, which somebody opens at last for it.
+async fn holds_nobody_up<T>(pipe: &Path, operation: impl Future<Output = T>) -> bool {
+    let (opened, is_opened) = mpsc::channel();
+    let path = pipe.to_owned();
+    let watchdog = thread::spawn(move || match is_opened.recv_timeout(crate::PATIENCE) {
+        Ok(()) => None,
+        Err(_) => Some(File::options().read(true).write(true).open(path).unwrap()),
+    });
+    let others = async {
+        // This opens it when somebody waits to read it, and fails until then (fifo(7)).
+        let for_who_waits = || {
+            let mut options = File::options();
+            options.write(true).custom_flags(libc::O_NONBLOCK).open(pipe)
+        };
+        while for_who_waits().is_err() {
+            tokio::task::yield_now().await;
+        }
+        opened.send(()).is_ok()
+    };
+    let (_, in_time) = tokio::join!(operation, others);
+    watchdog.join().unwrap().is_none() && in_time
+}
+
+#[tokio::test]
+async fn a_disk_that_does_not_answer_holds_up_nobody_else() {
+    let house = House::new().await;
+    house.template_with_disk("warm").await;
+    house.with_disk("web").await;
+    house.engine.standby("web").await.unwrap();
+    for name in ["warm", "web"] {
+        let pipe = house.dir(name).await.disk(0);
+        fs::remove_file(&pipe).unwrap();
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let in_time = if name == "warm" {
+            holds_nobody_up(&pipe, house.fork_now(name)).await
+        } else {
+            holds_nobody_up(&pipe, house.engine.restore(name)).await
+        };
+        assert!(in_time, "{name}");
+    }
 }
