@@ -123,12 +123,32 @@ pub(crate) fn agent() -> Result<PathBuf, BuildError> {
     Ok(target_directory()?.join("release/stencil-agent"))
 }
 
-/// Builds the agent in release, linked statically, as its guest has no libraries, and small, as each guest unpacks it.
+/// Builds the agent in release, as [`for_guests`].
 pub(crate) fn release_agent() -> Command {
+    for_guests("stencil-agent")
+}
+
+/// Builds the program that asks a guest's kernel for random bytes.
+pub(crate) fn getrandom() -> Result<PathBuf, BuildError> {
+    cargo_run("cargo rustc", &mut for_guests("stencil-getrandom"))?;
+    Ok(target_directory()?.join("release/stencil-getrandom"))
+}
+
+/// Builds a package's program of the same name in release, linked statically, as its guest has no libraries, and small, as each
+/// guest unpacks it.
+fn for_guests(package: &str) -> Command {
     let mut build = cargo();
-    build.args(["rustc", "--release", "--locked", "--package=stencil-agent"]);
-    build.args(["--bin=stencil-agent", "--"]);
     build.args([
+        "rustc",
+        "--release",
+        "--locked",
+        "--package",
+        package,
+        "--bin",
+        package,
+    ]);
+    build.args([
+        "--",
         "-Ctarget-feature=+crt-static",
         "-Crelocation-model=static",
         "-Cstrip=symbols",

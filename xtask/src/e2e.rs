@@ -70,16 +70,15 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
     let located = match options.hypervisor.locate() {
         Ok(located) => located,
         Err(not_there) => {
-            println!("SKIPPED, all of it: {not_there}");
-            return Ok(true);
+            return Ok(all_skipped(&not_there));
         }
     };
-    let on_linux = options.hypervisor.is_qemu();
-    if on_linux && let Err(no_linux) = setup::prepare_linux() {
-        println!("SKIPPED, all of it: {}", report::chain(&no_linux));
-        return Ok(true);
+    // It needs no KVM.
+    let on_qemu = options.hypervisor.is_qemu();
+    if on_qemu && let Err(no_qemu) = setup::prepare_qemu() {
+        return Ok(all_skipped(&no_qemu));
     }
-    let host = if on_linux {
+    let host = if on_qemu {
         setup::prepare()
     } else {
         setup::prepare_with_kvm()
@@ -94,15 +93,17 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
         println!("SKIPPED, all that needs standby, templates or forks: {why}");
     }
     let filter = options.filter.as_deref().unwrap_or_default().to_lowercase();
-    let results: Vec<Tried> = if on_linux {
-        linux::run(&built, &hypervisor, &crate::linux::image()?, &filter)
-    } else {
-        scenarios(&hypervisor)
-            .into_iter()
-            .filter(|planned| planned.name.to_lowercase().contains(&filter))
-            .map(|planned| try_one(planned, &built, &hypervisor))
-            .collect()
-    };
+    let mut results: Vec<Tried> = scenarios(&hypervisor)
+        .into_iter()
+        .filter(|planned| planned.name.to_lowercase().contains(&filter))
+        .map(|planned| try_one(planned, &built, &hypervisor))
+        .collect();
+    if on_qemu && linux::has(&filter) {
+        results.extend(match setup::prepare_linux() {
+            Ok(()) => linux::run(&built, &hypervisor, &linux::Guest::build()?, &filter),
+            Err(no_linux) => vec![linux::skipped(&no_linux)],
+        });
+    }
     if let Some(path) = &options.json {
         let json = format!("{:#}\n", json(&host, &results));
         std::fs::write(path, json).map_err(|source| TaskError::Write {
@@ -120,6 +121,14 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
         println!("{passed} passed, {failed} failed, {skipped} skipped");
     }
     Ok(failed == 0)
+}
+
+/// Tells why nothing is tried, which is no failure.
+fn all_skipped(why: &dyn std::error::Error) -> bool {
+    println!("SKIPPED, all of it: {}", report::chain(why));
+    // Who counts finds it in the last line.
+    println!("0 passed, 0 failed, 1 skipped");
+    true
 }
 
 /// A scenario, and how it makes its forks.

@@ -24,7 +24,7 @@ const TRIED_MEMORY: u64 = 64 << 20;
 /// Which hypervisor is driven.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Choice {
-    /// Which hypervisor the instances ask for: microvm, cloud-hypervisor or qemu, which runs a Linux.
+    /// Which hypervisor the instances ask for: microvm, cloud-hypervisor or qemu.
     #[arg(long = "hypervisor", default_value = "microvm", value_name = "NAME")]
     name: String,
     /// The cloud-hypervisor binary, where it is driven [default: in PATH].
@@ -80,7 +80,21 @@ pub(crate) struct Hypervisor {
 impl Hypervisor {
     /// Whether it tells how pages came to a guest in this memory mode. No server tells it.
     pub(crate) fn counts_pages(&self, mode: &str) -> bool {
-        self.name != CLOUD_HYPERVISOR || mode == "uffd"
+        match self.name.as_str() {
+            QEMU => false,
+            CLOUD_HYPERVISOR => mode == "uffd",
+            _ => true,
+        }
+    }
+
+    /// Whether its VMM can be asked for a VM that is as before its boot, which speaks REST. No server tells it.
+    pub(crate) fn unboots(&self) -> bool {
+        self.name != QEMU
+    }
+
+    /// Whether it tells a guest's fault from its wish to be reset. No server tells it.
+    pub(crate) fn tells_faults(&self) -> bool {
+        self.name != QEMU
     }
 
     /// Whether memory that its guests never wrote takes no room in a snapshot. No server tells it.
@@ -90,7 +104,7 @@ impl Hypervisor {
 }
 
 impl Choice {
-    /// Whether it is the one that runs a Linux guest, with KVM or without.
+    /// Whether it is the one that runs on any host, with KVM or without, and Linux guests too.
     pub(crate) fn is_qemu(&self) -> bool {
         self.name == QEMU
     }

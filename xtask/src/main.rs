@@ -83,6 +83,8 @@ enum TaskError {
     NoLinux(#[from] setup::NoLinux),
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::HypervisorError),
+    #[error("could not keep what the tests say in a temporary file")]
+    Scratch(#[source] std::io::Error),
     #[error("could not listen for Ctrl-C")]
     Interrupt(#[source] std::io::Error),
     #[error("could not write {}", path.display())]

@@ -12,6 +12,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 /// How long a killed process may take to be gone: it gives back a VM's memory first.
 const KILL_WAIT: Duration = Duration::from_secs(20);
 
+/// What is among the arguments of each VMM: how it is told of its socket, for REST or for QMP.
+const ARGUMENTS: [&str; 2] = ["--api-socket", "chardev=stencil,mode=control"];
+
 /// A process that was found.
 #[derive(Clone, Debug)]
 pub(crate) struct Found {
@@ -47,7 +50,7 @@ pub(crate) fn working_below(directory: &Path) -> Vec<Found> {
 /// Those of them that are VMMs, and not what serves a VMM's memory.
 pub(crate) fn vmms_below(directory: &Path) -> Vec<Found> {
     let mut found = working_below(directory);
-    found.retain(|process| process.command.contains("--api-socket"));
+    found.retain(|process| ARGUMENTS.iter().any(|own| process.command.contains(own)));
     found
 }
 

@@ -66,7 +66,7 @@ const NEEDS: [Need; 3] = [
     },
 ];
 
-/// What runs Linux guests on any host.
+/// What runs guests on any host.
 const QEMU: Need = Need {
     what: "QEMU (qemu-system-x86_64)",
     package: "qemu-system-x86",
@@ -156,9 +156,14 @@ pub(crate) fn prepare_with_kvm() -> Result<Host, SetupError> {
     prepare()
 }
 
+/// Checks that QEMU is there; as root, installs it if it is not.
+pub(crate) fn prepare_qemu() -> Result<(), SetupError> {
+    get(&[QEMU])
+}
+
 /// Checks that Linux guests have what they need: QEMU and Debian's packages; as root, installs QEMU if it is not there.
 pub(crate) fn prepare_linux() -> Result<(), NoLinux> {
-    get(&[QEMU])?;
+    prepare_qemu()?;
     linux::fetch()?;
     Ok(())
 }

@@ -297,6 +297,7 @@ fn vmm_hangs(world: &mut World) -> Result<(), Failure> {
 
 fn guest_faults(world: &mut World) -> Result<(), Failure> {
     world.needs_shutdown()?;
+    world.needs_faults()?;
     let vm = world.running("faulty")?;
     vm.ask("fault")?;
     vm.wait("Shutdown")?;

@@ -8,8 +8,10 @@ mod commands;
 mod disks;
 mod forks;
 
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -18,15 +20,38 @@ use super::vm::Vm;
 use super::way::Way;
 use super::world::World;
 use super::{Outcome, Tried};
-use crate::build::Built;
+use crate::build::{self, Built};
+use crate::command::{self, Output};
 use crate::hypervisor::Hypervisor;
-use crate::linux::{LinuxImage, shell};
+use crate::linux::{self, LinuxError, LinuxImage, shell};
+use crate::report;
+use crate::setup::NoLinux;
 
 const MEMORY: &str = "256MiB";
+/// How long it may take to copy files into a guest or out of it.
+const COPY_LIMIT: Duration = Duration::from_secs(60);
 /// How many seconds Linux may take to boot; under emulation, on a busy host, it is slow.
 const BOOT_SECONDS: u64 = 180;
+/// Where the guest has the program of fixtures/getrandom.
+const GETRANDOM: &str = "/usr/bin/getrandom";
 /// A scenario of a Linux guest.
 type Scenario = (&'static str, fn(&mut Linux) -> Result<(), Failure>);
+
+/// What is booted, and what is brought into it.
+pub(super) struct Guest {
+    image: LinuxImage,
+    /// The program of fixtures/getrandom.
+    getrandom: PathBuf,
+}
+
+impl Guest {
+    pub(super) fn build() -> Result<Self, LinuxError> {
+        Ok(Self {
+            image: linux::image()?,
+            getrandom: build::getrandom()?,
+        })
+    }
+}
 
 /// What the scenarios share.
 struct Linux {
@@ -41,26 +66,40 @@ struct Linux {
 /// What the boot is called, which is a scenario too.
 const BOOT: &str = "linux boots, its agent is ready, and it becomes a template";
 
-/// Tries all scenarios whose name has `filter` in it.
-pub(super) fn run(
-    built: &Built,
-    hypervisor: &Arc<Hypervisor>,
-    image: &LinuxImage,
-    filter: &str,
-) -> Vec<Tried> {
-    let scenarios: Vec<Scenario> = [
+/// The scenarios after the boot whose name has `filter` in it.
+fn scenarios(filter: &str) -> impl Iterator<Item = Scenario> {
+    let all = [
         forks::SCENARIOS,
         disks::SCENARIOS,
         commands::SCENARIOS,
         agent::SCENARIOS,
-    ]
-    .concat();
+    ];
+    let all = all.into_iter().flatten().copied();
+    all.filter(move |(name, _)| name.to_lowercase().contains(filter))
+}
+
+/// Whether there are such scenarios.
+pub(super) fn has(filter: &str) -> bool {
+    BOOT.contains(filter) || scenarios(filter).next().is_some()
+}
+
+/// Tells that there is no Linux to boot.
+pub(super) fn skipped(why: &NoLinux) -> Tried {
+    Tried::told(
+        BOOT.to_owned(),
+        Outcome::Skipped(report::chain(why)),
+        Instant::now(),
+    )
+}
+
+/// Tries all scenarios whose name has `filter` in it.
+pub(super) fn run(built: &Built, hypervisor: &Arc<Hypervisor>, guest: &Guest, filter: &str) -> Vec<Tried> {
     let began = Instant::now();
     let mut world = match World::new(built, hypervisor, Way::Plain) {
         Ok(world) => world,
         Err(failure) => return vec![Tried::told(BOOT.to_owned(), Outcome::failed(&failure), began)],
     };
-    let (template, token, count) = match boot(&world, image) {
+    let (template, token, count) = match boot(&world, guest) {
         Ok(booted) => booted,
         Err(failure) => {
             let outcome = Outcome::failed_with(&failure, &world.last_words());
@@ -74,10 +113,7 @@ pub(super) fn run(
         token,
         count,
     };
-    for (name, act) in scenarios {
-        if !name.to_lowercase().contains(filter) {
-            continue;
-        }
+    for (name, act) in scenarios(filter) {
         let began = Instant::now();
         let outcome = match act(&mut linux) {
             Ok(()) => Outcome::of(linux.clear()),
@@ -96,8 +132,9 @@ pub(super) fn run(
     all
 }
 
-/// Boots Linux, warms it up and makes it a template; what is in its tmpfs, and how far it had counted.
-fn boot(world: &World, image: &LinuxImage) -> Result<(Vm, String, u64), Failure> {
+/// Boots Linux, brings a program into it, warms it up and makes it a template; what is in its tmpfs, and how far it had counted.
+fn boot(world: &World, guest: &Guest) -> Result<(Vm, String, u64), Failure> {
+    let Guest { image, getrandom } = guest;
     let add = json!({
         "name": disks::IMAGE, "kernel": image.kernel, "initrd": image.initrd, "cmdline": "console=ttyS0",
         "disks": [disks::base(world)?],
@@ -108,6 +145,11 @@ fn boot(world: &World, image: &LinuxImage) -> Result<(Vm, String, u64), Failure>
         "disks": [{"path": disks::base(world)?}],
     }))?;
     vm.wait_for_boot()?;
+    cp(
+        world,
+        &getrandom.display().to_string(),
+        &format!("{}:{GETRANDOM}", vm.name),
+    )?;
     vm.sh(shell::WARM_UP)?;
     let told = vm.sh("cat /run/token; tail -n 1 /run/count")?;
     let mut lines = told.lines();
@@ -223,6 +265,21 @@ impl Vm {
             told,
         )
     }
+}
+
+/// Copies as a user does.
+fn cp(world: &World, from: &str, to: &str) -> Result<(), Failure> {
+    let mut stencil = Command::new(&world.stencil);
+    stencil
+        .args(["cp", from, to])
+        .env("STENCIL_SOCKET", world.server.data().join("stencil.sock"));
+    let finished = command::run(&mut stencil, COPY_LIMIT, Output::Kept)?;
+    holds(
+        finished.succeeded(),
+        format!("stencil cp {from} {to}"),
+        "success",
+        finished.output,
+    )
 }
 
 /// What a command that succeeded wrote.

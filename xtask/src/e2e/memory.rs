@@ -6,8 +6,9 @@ use serde_json::json;
 
 use super::Scenario;
 use super::failure::{Failure, holds, same};
+use super::vm::Vm;
 use super::world::World;
-use crate::{host, report};
+use crate::{guest_console, host, report};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     (
@@ -22,9 +23,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 
 /// Guest memory that reaches above 4 GiB, in bytes.
 const LARGE: u64 = 5 << 30;
-/// The guest's page numbers leave out the hole from 3 to 4 GiB and begin at 16 MiB: this is the first above it.
-const FIRST_ABOVE: u64 = ((3 << 30) - (16 << 20)) / 4096;
-const LAST: u64 = (LARGE - (16 << 20)) / 4096 - 1;
+/// Where the hole may begin, in bytes: QEMU's q35 has it from 2 GiB on, the others from 3.
+const HOLES: [u64; 2] = [2 << 30, 3 << 30];
+/// Where the guest's page numbers begin, in bytes. They leave out the hole, and what firmware keeps below it.
+const FIRST: u64 = 16 << 20;
+/// More pages than firmware keeps.
+const KEPT: u64 = 64;
 
 fn above_the_hole(world: &mut World) -> Result<(), Failure> {
     let host = host::memory_bytes();
@@ -36,13 +40,17 @@ fn above_the_hole(world: &mut World) -> Result<(), Failure> {
     }
     let vm = world.create(world.request_with("large", json!({"memory": "5GiB"})))?;
     vm.wait("Running")?;
+    let last = last_page(&vm)?;
+    let number = |bytes: u64| (bytes - FIRST) / 4096;
+    holds(
+        (number(LARGE) - KEPT..number(LARGE)).contains(&last),
+        "the last page",
+        format!("at most {KEPT} below {}", number(LARGE)),
+        last,
+    )?;
     // On both sides of the hole, above it, and the very last page.
-    let written = [
-        (0, 4),
-        (FIRST_ABOVE - 4, 8),
-        (FIRST_ABOVE + 100_000, 4),
-        (LAST, 1),
-    ];
+    let [early, late] = HOLES.map(|hole| (number(hole) - KEPT, 2 * KEPT));
+    let written = [(0, 4), early, late, (number(HOLES[1]) + 100_000, 4), (last, 1)];
     let mut hashes = Vec::new();
     for (number, (page, count)) in written.into_iter().enumerate() {
         vm.write(page, count, 50 + number as u64)?;
@@ -73,6 +81,19 @@ fn above_the_hole(world: &mut World) -> Result<(), Failure> {
         fork.delete()?;
     }
     Ok(())
+}
+
+/// The guest's last page, which it names when it is asked for one beyond.
+fn last_page(vm: &Vm) -> Result<u64, Failure> {
+    let answer = guest_console::ask(&vm.client, &vm.id, &format!("hash {} 1", u64::MAX))?;
+    let last = answer
+        .rsplit_once("beyond the last, ")
+        .and_then(|(_, last)| last.parse().ok());
+    last.ok_or_else(|| Failure::Unexpected {
+        what: "a page that there is not".to_owned(),
+        expected: "which one is the last".to_owned(),
+        found: answer,
+    })
 }
 
 fn shared(world: &mut World) -> Result<(), Failure> {

@@ -109,6 +109,9 @@ fn try_state(world: &mut World, row: &'static str) -> Result<(), Failure> {
     if row == "Shutdown" {
         world.needs_shutdown()?;
     }
+    if row == "Created" {
+        world.needs_unboot()?;
+    }
     let base = world.standby("base")?;
     let (_, expected) = TABLE
         .into_iter()

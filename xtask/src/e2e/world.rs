@@ -74,6 +74,22 @@ impl World {
         )
     }
 
+    /// The scenario is about guests that end by a fault.
+    pub(super) fn needs_faults(&self) -> Result<(), Failure> {
+        self.needs(
+            self.hypervisor.tells_faults(),
+            "does not tell a triple fault from a reset that the guest asked for",
+        )
+    }
+
+    /// The scenario is about VMs that were booted and are as before that.
+    pub(super) fn needs_unboot(&self) -> Result<(), Failure> {
+        self.needs(
+            self.hypervisor.unboots(),
+            "has no way back to the moment before a boot, in which an instance is Created",
+        )
+    }
+
     /// The state of an instance whose guest has powered off.
     pub(super) fn when_down(&self) -> &'static str {
         if self.hypervisor.outlives_guest {

@@ -1,13 +1,10 @@
 //! Commands in a Linux guest, and files in and out of it.
 
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
-use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Failure, Linux, Scenario, answered, holds, outputs, same};
-use crate::command::{self, Output};
+use super::{Failure, Linux, Scenario, answered, cp, holds, outputs, same};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     (
@@ -31,7 +28,6 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 
 /// The most of each output that is kept.
 const KEPT: usize = 1 << 20;
-const COPY_LIMIT: Duration = Duration::from_secs(60);
 
 fn fork_exec_delete(linux: &mut Linux) -> Result<(), Failure> {
     let request = json!({"count": 4, "delete_after": true, "exec": {"cmd": ["sh", "-c", "hostname; cat /run/token; exit 0"]}});
@@ -99,7 +95,11 @@ fn copies_files(linux: &mut Linux) -> Result<(), Failure> {
     std::fs::create_dir_all(here.join("sent/deep")).map_err(Failure::file(&here))?;
     std::fs::write(&file, &bytes).map_err(Failure::file(&file))?;
     std::fs::set_permissions(&file, PermissionsExt::from_mode(0o750)).map_err(Failure::file(&file))?;
-    cp(linux, &here.join("sent").display().to_string(), "copied:/run")?;
+    cp(
+        &linux.world,
+        &here.join("sent").display().to_string(),
+        "copied:/run",
+    )?;
     let size = fork.sh("stat -c '%a %s' /run/sent/deep/file")?;
     same(
         "mode and size in the guest",
@@ -107,7 +107,7 @@ fn copies_files(linux: &mut Linux) -> Result<(), Failure> {
         size,
     )?;
     fork.sh("mv /run/sent /run/back")?;
-    cp(linux, "copied:/run/back", &here.display().to_string())?;
+    cp(&linux.world, "copied:/run/back", &here.display().to_string())?;
     let back = here.join("back/deep/file");
     let read = std::fs::read(&back).map_err(Failure::file(&back))?;
     holds(read == bytes, "what came back", "what was sent", read.len())?;
@@ -116,19 +116,4 @@ fn copies_files(linux: &mut Linux) -> Result<(), Failure> {
         .permissions()
         .mode();
     same("its mode", 0o750, mode & 0o777)
-}
-
-/// Copies as a user does.
-fn cp(linux: &Linux, from: &str, to: &str) -> Result<(), Failure> {
-    let mut stencil = Command::new(&linux.world.stencil);
-    stencil
-        .args(["cp", from, to])
-        .env("STENCIL_SOCKET", linux.world.server.data().join("stencil.sock"));
-    let finished = command::run(&mut stencil, COPY_LIMIT, Output::Kept)?;
-    holds(
-        finished.succeeded(),
-        format!("stencil cp {from} {to}"),
-        "success",
-        finished.output,
-    )
 }

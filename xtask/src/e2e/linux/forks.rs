@@ -25,9 +25,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const MANY: usize = 16;
 const UUIDS: usize = 100;
 
-/// 100 uuids and 32 random bytes, by two processes at the same time. `read` is the shell's own: no process for each.
+/// 100 uuids, and 32 bytes of getrandom(2), by two processes at the same time. `read` is the shell's own: no process for each.
 const DRAW: &str = "(n=0; while [ $n -lt 100 ]; do read uuid </proc/sys/kernel/random/uuid; echo uuid $uuid; n=$((n+1)); done) &
-echo random $(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'); wait";
+echo random $(getrandom); wait";
 
 /// First by a command that begins as soon as each fork runs, then by one more in all of them at the same time.
 fn are_unlike(linux: &mut Linux) -> Result<(), Failure> {
