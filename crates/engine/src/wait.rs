@@ -11,6 +11,10 @@ use crate::{Engine, EngineError, Instance};
 /// How long restore and fork wait for the guest to say that it is ready before they answer with `Initializing`.
 const READY_WAIT: Duration = Duration::from_secs(10);
 
+/// After so long without a word an instance is looked at for which somebody waits: QEMU writes nothing anywhere when its guest
+/// goes down.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// After so long without a word a guest that was printing is looked after: what it printed last and its end may have
 /// come as one change.
 const SILENCE: Duration = Duration::from_millis(50);
@@ -42,18 +46,13 @@ impl Engine {
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
             let instance = self.show(&slot).await?;
-            if instance.state == state {
-                return Ok(WaitOutcome {
-                    reached: true,
-                    instance,
-                });
+            let reached = instance.state == state;
+            let now = tokio::time::Instant::now();
+            if reached || now >= deadline {
+                return Ok(WaitOutcome { reached, instance });
             }
-            if tokio::time::timeout_at(deadline, changes.next()).await.is_err() {
-                return Ok(WaitOutcome {
-                    reached: false,
-                    instance,
-                });
-            }
+            // That nothing was heard is as good a reason to look.
+            let _ = tokio::time::timeout_at(deadline.min(now + LOOK_AGAIN), changes.next()).await;
         }
     }
 

@@ -452,6 +452,21 @@ async fn a_vmm_that_is_killed_shows_why_and_the_instance_can_be_started_again() 
 }
 
 #[tokio::test]
+async fn a_guest_that_goes_down_without_a_word_is_seen_by_who_waits_for_it() {
+    let house = House::new().await;
+    house.running("web").await;
+    let asked = house.hypervisor.asked.notified();
+    let goes_down = async {
+        // Who waits has seen it up.
+        asked.await;
+        house.hypervisor.guests_go_down();
+    };
+    let wait = house.engine.wait("web", State::Shutdown, PATIENCE);
+    let (waited, ()) = tokio::join!(wait, goes_down);
+    assert!(waited.unwrap().reached);
+}
+
+#[tokio::test]
 async fn a_server_that_starts_again_finds_its_vms() {
     let house = House::new().await;
     house.running("web").await;

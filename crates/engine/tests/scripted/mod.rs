@@ -24,7 +24,7 @@ use stencil_vmm::{
 };
 use tempfile::TempDir;
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 type AsItEnds = Box<dyn FnMut(&InstanceDir) + Send>;
 
@@ -40,6 +40,8 @@ pub(crate) struct Scripted {
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
     version: Mutex<Option<&'static str>>,
+    /// Tells that a VMM has said how its VM is.
+    pub(crate) asked: Notify,
     /// Where the guest's ends of streams to agents go; without, guests have no port for one.
     guests: Mutex<Option<mpsc::UnboundedSender<UnixStream>>>,
     /// What a VMM still does when it is to end.
@@ -100,6 +102,12 @@ impl Scripted {
     /// From now on it copies memory that it is asked to map.
     pub(crate) fn map_nothing(&self) {
         self.maps_nothing.store(true, Ordering::SeqCst);
+    }
+
+    /// All guests go down, of which nobody hears who does not ask.
+    pub(crate) fn guests_go_down(&self) {
+        let mut phases = self.phases.lock().unwrap();
+        phases.values_mut().for_each(|phase| *phase = VmPhase::Shutdown);
     }
 
     /// The next VMM that is to resume does not answer.
@@ -243,6 +251,7 @@ impl Hypervisor for Scripted {
             .get(&key(dir))
             .copied()
             .unwrap_or(VmPhase::Undefined);
+        self.asked.notify_waiters();
         Ok(VmStatus { phase, end: None })
     }
 
