@@ -10,6 +10,10 @@
 //!
 //! The server says [`FromCommand::Started`] first and [`FromCommand::Exited`] or [`FromCommand::Error`] last. A client that
 //! hangs up before kills its command. Who does not read is not sent more than the connection holds.
+//!
+//! Standard input has credit: a client may send [`STDIN_WINDOW`] bytes, and then as many as [`FromCommand::StdinCredit`] grants. One
+//! that keeps to it is heard at once, whatever its command reads. Of one that does not, no more is read until there is room:
+//! what it says after its input waits behind it.
 
 use std::collections::BTreeMap;
 
@@ -30,6 +34,9 @@ pub const STDIN: u8 = 0;
 pub const STDOUT: u8 = 1;
 /// The first byte of a message with standard error.
 pub const STDERR: u8 = 2;
+
+/// How many bytes of standard input a client may send before it was granted more.
+pub const STDIN_WINDOW: u32 = 256 << 10;
 
 /// The most bytes of a message from the client.
 pub const MESSAGE_LIMIT: usize = 64 << 10;
@@ -282,6 +289,8 @@ pub enum FromCommand {
         /// Its process id in the guest.
         pid: u32,
     },
+    /// So many more bytes of standard input may be sent.
+    StdinCredit(u32),
     /// It ended, and all that it wrote was told.
     Exited(CommandEnd),
     /// It was not run, or is lost.
@@ -357,6 +366,7 @@ mod tests {
         );
         let heard = [
             FromCommand::Started { pid: 7 },
+            FromCommand::StdinCredit(65536),
             FromCommand::Exited(CommandEnd {
                 exit_code: Some(0),
                 signal: None,
@@ -368,6 +378,7 @@ mod tests {
             serde_json::to_value(heard).unwrap(),
             json!([
                 { "started": { "pid": 7 } },
+                { "stdin_credit": 65536 },
                 { "exited": { "exit_code": 0, "timed_out": false } },
                 { "error": { "status": 400, "code": "invalid_request", "message": "wrong", "details": {} } },
             ])

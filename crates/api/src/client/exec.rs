@@ -1,6 +1,7 @@
 //! The client's side of commands in a guest.
 
 use std::io;
+use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{SplitSink, SplitStream};
@@ -13,6 +14,7 @@ use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use hyperlocal::Uri;
+use tokio::sync::{Mutex, Semaphore};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
@@ -21,8 +23,8 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 
 use super::{Client, ClientError, Result, instance};
 use crate::exec::{
-    CommandEnd, CommandResult, FromCommand, MESSAGE_LIMIT, RunCommand, STDERR, STDIN, STDOUT, StreamCommand,
-    ToCommand,
+    CommandEnd, CommandResult, FromCommand, MESSAGE_LIMIT, RunCommand, STDERR, STDIN, STDIN_WINDOW, STDOUT,
+    StreamCommand, ToCommand,
 };
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
@@ -43,13 +45,17 @@ pub enum CommandEvent {
 pub struct CommandOutput {
     client: Client,
     source: SplitStream<Socket>,
+    /// Of the input; what the server grants comes here.
+    credit: Arc<Semaphore>,
 }
 
 /// A command that runs: what is given and done to it.
 #[derive(Debug)]
 pub struct CommandInput {
     client: Client,
-    sink: SplitSink<Socket, Message>,
+    sink: Mutex<SplitSink<Socket, Message>>,
+    /// How many bytes may be sent now; closed when the output is gone.
+    credit: Arc<Semaphore>,
 }
 
 impl Client {
@@ -71,13 +77,16 @@ impl Client {
         asked: &StreamCommand,
     ) -> Result<(CommandInput, CommandOutput)> {
         let (sink, source) = self.upgrade(&instance(id, "/exec")).await?.split();
-        let mut input = CommandInput {
+        let credit = Arc::new(Semaphore::new(STDIN_WINDOW as usize));
+        let input = CommandInput {
             client: self.clone(),
-            sink,
+            sink: Mutex::new(sink),
+            credit: Arc::clone(&credit),
         };
         let output = CommandOutput {
             client: self.clone(),
             source,
+            credit,
         };
         let asked = serde_json::to_string(asked).map_err(|source| self.broken(source))?;
         input.send(Message::Text(asked.into())).await?;
@@ -134,7 +143,15 @@ impl CommandOutput {
                 },
                 Message::Text(text) => match serde_json::from_str(&text) {
                     Ok(FromCommand::Started { .. }) => {}
-                    Ok(FromCommand::Exited(end)) => return Ok(CommandEvent::Exited(end)),
+                    Ok(FromCommand::StdinCredit(bytes)) => {
+                        // A window at most, whatever is granted.
+                        let room = (STDIN_WINDOW as usize).saturating_sub(self.credit.available_permits());
+                        self.credit.add_permits(room.min(bytes as usize));
+                    }
+                    Ok(FromCommand::Exited(end)) => {
+                        self.credit.close();
+                        return Ok(CommandEvent::Exited(end));
+                    }
                     Ok(FromCommand::Error(error)) => {
                         return Err(ClientError::Refused {
                             status: error.status,
@@ -152,13 +169,26 @@ impl CommandOutput {
     }
 }
 
+impl Drop for CommandOutput {
+    fn drop(&mut self) {
+        // Nobody hears any more what is granted.
+        self.credit.close();
+    }
+}
+
 impl CommandInput {
-    /// Gives the command bytes to read; waits while it has enough unread.
+    /// Gives the command bytes to read; waits while it has enough unread, and for the output to be asked for what comes next: there
+    /// the server tells how much it takes.
     ///
     /// # Errors
-    /// [`ClientError`] when the connection is gone, which the output tells too.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    /// [`ClientError`] when the command has ended or the connection is gone, which the output tells too.
+    pub async fn write(&self, bytes: &[u8]) -> Result<()> {
         for chunk in bytes.chunks(MESSAGE_LIMIT - 1) {
+            // A chunk is far less than 4 GiB.
+            let credit = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
+            let granted = self.credit.acquire_many(credit).await;
+            let over = |_closed| self.client.broken(io::Error::from(io::ErrorKind::BrokenPipe));
+            granted.map_err(over)?.forget();
             let mut message = BytesMut::with_capacity(1 + chunk.len());
             message.put_u8(STDIN);
             message.put(chunk);
@@ -167,17 +197,17 @@ impl CommandInput {
         Ok(())
     }
 
-    /// Does something to the command.
+    /// Does something to the command, also while a [`write`](Self::write) waits.
     ///
     /// # Errors
     /// As [`write`](Self::write).
-    pub async fn tell(&mut self, said: ToCommand) -> Result<()> {
+    pub async fn tell(&self, said: ToCommand) -> Result<()> {
         let text = serde_json::to_string(&said).map_err(|source| self.client.broken(source))?;
         self.send(Message::Text(text.into())).await
     }
 
-    async fn send(&mut self, message: Message) -> Result<()> {
-        let sent = self.sink.send(message).await;
+    async fn send(&self, message: Message) -> Result<()> {
+        let sent = self.sink.lock().await.send(message).await;
         sent.map_err(|source| self.client.broken(source))
     }
 }

@@ -1,5 +1,7 @@
 //! Commands in a guest: run to their end, or with their input and output on a WebSocket.
 
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
@@ -11,13 +13,16 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use stencil_engine::{Agent, Engine, ExecEvent, ExecEvents, ExecInput, ExecSession, Output};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::body::{Json, Reference};
 use crate::closing::Closing;
 use crate::error::ApiError;
 use crate::exec::{
-    CommandResult, FromCommand, MESSAGE_LIMIT, RunCommand, STDERR, STDIN, STDOUT, StreamCommand, ToCommand,
+    CommandResult, FromCommand, MESSAGE_LIMIT, RunCommand, STDERR, STDIN, STDIN_WINDOW, STDOUT,
+    StreamCommand, ToCommand,
 };
 
 /// How long a client may take to say what is to be run.
@@ -26,6 +31,11 @@ const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_secs(5);
 /// How often a client is asked whether it is there: one that has gone is noticed even while its command takes no input.
 const PING: Duration = Duration::from_secs(5);
+/// How many bytes of input the command is given at a time.
+const FEED: usize = 32 << 10;
+/// So many bytes of input are taken before more is granted: a grant is a message of its own. What is left of the window is more
+/// than a message can have.
+const GRANT: u32 = STDIN_WINDOW / 4;
 
 pub(crate) async fn run(
     State(engine): State<Engine>,
@@ -147,18 +157,51 @@ async fn serve(sink: &mut Sink, source: &mut Source, agent: &Agent) -> Result<()
         input,
     } = agent.exec(asked.into()).await?;
     tell(sink, &FromCommand::Started { pid }).await?;
+    // What the client sends lies here until the command takes it, so that what follows it is heard.
+    let (waiting, mut taken) = tokio::io::duplex(STDIN_WINDOW as usize);
+    let credit = Credit::default();
     tokio::select! {
-        ended = pass_output(sink, &mut events, agent) => ended,
-        cut = pass_input(source, &input) => Err(cut),
+        ended = pass_output(sink, &mut events, &credit, agent) => ended,
+        cut = hear(source, waiting, &input) => Err(cut),
+        never = feed(&mut taken, &input, &credit) => match never {},
     }
 }
 
-async fn pass_output(sink: &mut Sink, events: &mut ExecEvents, agent: &Agent) -> Result<(), Cut> {
+/// How much more input the client may send, which it was not told yet.
+#[derive(Default)]
+struct Credit {
+    bytes: AtomicU32,
+    is_worth_telling: Notify,
+}
+
+impl Credit {
+    fn add(&self, bytes: u32) {
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes >= GRANT {
+            self.is_worth_telling.notify_one();
+        }
+    }
+
+    async fn next(&self) -> u32 {
+        self.is_worth_telling.notified().await;
+        self.bytes.swap(0, Ordering::Relaxed)
+    }
+}
+
+async fn pass_output(
+    sink: &mut Sink,
+    events: &mut ExecEvents,
+    credit: &Credit,
+    agent: &Agent,
+) -> Result<(), Cut> {
     let mut pings = interval(PING);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let event = tokio::select! {
             event = events.next() => event,
+            bytes = credit.next() => {
+                tell(sink, &FromCommand::StdinCredit(bytes)).await?;
+                continue;
+            }
             _ = pings.tick() => {
                 send(sink, Message::Ping(Bytes::new())).await?;
                 continue;
@@ -181,17 +224,43 @@ async fn pass_output(sink: &mut Sink, events: &mut ExecEvents, agent: &Agent) ->
     }
 }
 
+/// Gives the command what waits, as it takes it.
+async fn feed(taken: &mut DuplexStream, input: &ExecInput, credit: &Credit) -> Infallible {
+    let mut chunk = vec![0; FEED];
+    loop {
+        // What comes after the end of the command has nobody to read it. In memory nothing breaks.
+        match taken.read(&mut chunk).await {
+            Ok(0) | Err(_) => {
+                let _ = input.close().await;
+                return std::future::pending().await;
+            }
+            Ok(read) => {
+                let _ = input.write(&chunk[..read]).await;
+                // It is at most a chunk.
+                credit.add(u32::try_from(read).unwrap_or(u32::MAX));
+            }
+        }
+    }
+}
+
 /// Ends only when the client has gone or is not understood: its command may end without having read everything.
-async fn pass_input(source: &mut Source, input: &ExecInput) -> Cut {
+async fn hear(source: &mut Source, waiting: DuplexStream, input: &ExecInput) -> Cut {
+    // Until the input's end.
+    let mut waiting = Some(waiting);
     loop {
         let message = match next(source).await {
             Ok(message) => message,
             Err(gone) => return gone.into(),
         };
         // What comes after the end of the command has nobody to read it.
-        let _ = match &message {
+        match &message {
             Message::Binary(bytes) => match bytes.split_first() {
-                Some((&STDIN, bytes)) => input.write(bytes).await,
+                Some((&STDIN, bytes)) => {
+                    if let Some(waiting) = &mut waiting {
+                        // Its other end goes with this one.
+                        let _ = waiting.write_all(bytes).await;
+                    }
+                }
                 _ => {
                     return Cut::Error(ApiError::invalid(
                         "a binary message begins with 0, for standard input",
@@ -199,13 +268,13 @@ async fn pass_input(source: &mut Source, input: &ExecInput) -> Cut {
                 }
             },
             Message::Text(text) => match parse(text) {
-                Ok(ToCommand::Resize(size)) => input.resize(size.into()).await,
-                Ok(ToCommand::Signal(signal)) => input.signal(signal).await,
-                Ok(ToCommand::StdinClosed) => input.close().await,
+                Ok(ToCommand::Resize(size)) => drop(input.resize(size.into()).await),
+                Ok(ToCommand::Signal(signal)) => drop(input.signal(signal).await),
+                Ok(ToCommand::StdinClosed) => waiting = None,
                 Err(error) => return Cut::Error(error),
             },
-            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
-        };
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => {}
+        }
     }
 }
 

@@ -71,7 +71,7 @@ async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), 
         stdin: true,
         ..command(["unpack", directory])
     };
-    let (mut input, mut output) = client.exec_stream(id, &command).await?;
+    let (input, mut output) = client.exec_stream(id, &command).await?;
     let feeding = async {
         while let Some(chunk) = packed.recv().await {
             if input.write(&chunk).await.is_err() {

@@ -1,5 +1,6 @@
 //! `stencil exec`: a command in a guest, with this program's input, output and terminal.
 
+use std::convert::Infallible;
 use std::env;
 use std::io::{self, IsTerminal, Write};
 
@@ -79,28 +80,40 @@ async fn pass_output(mut command: CommandOutput) -> Result<CommandEnd, Failure> 
     }
 }
 
-/// Goes on until this program's input cannot be read: that the command is gone, its output tells.
-async fn pass_input(mut command: CommandInput, passes: bool, mut resizes: Option<Signal>) -> Failure {
+/// Goes on until this program's input cannot be read: that the command is gone, its output tells. The size of the terminal does
+/// not wait behind input that the command does not read.
+async fn pass_input(command: CommandInput, passes: bool, resizes: Option<Signal>) -> Failure {
+    tokio::select! {
+        failure = feed(&command, passes) => failure,
+        never = pass_sizes(&command, resizes) => match never {},
+    }
+}
+
+async fn feed(command: &CommandInput, passes: bool) -> Failure {
     let mut input = passes.then(standard_input);
-    loop {
-        let sent = tokio::select! {
-            chunk = async { input.as_mut()?.recv().await }, if input.is_some() => match chunk {
-                Some(Ok(bytes)) => command.write(&bytes).await,
-                Some(Err(error)) => return Failure::Input(error),
-                None => {
-                    input = None;
-                    command.tell(ToCommand::StdinClosed).await
-                }
-            },
-            Some(()) = async { resizes.as_mut()?.recv().await }, if resizes.is_some() => {
-                command.tell(ToCommand::Resize(terminal::size())).await
+    while let Some(chunks) = &mut input {
+        let sent = match chunks.recv().await {
+            Some(Ok(bytes)) => command.write(&bytes).await,
+            Some(Err(error)) => return Failure::Input(error),
+            None => {
+                input = None;
+                command.tell(ToCommand::StdinClosed).await
             }
-            else => std::future::pending().await,
         };
         if sent.is_err() {
-            std::future::pending().await
+            break;
         }
     }
+    std::future::pending().await
+}
+
+async fn pass_sizes(command: &CommandInput, resizes: Option<Signal>) -> Infallible {
+    if let Some(mut resizes) = resizes {
+        while resizes.recv().await.is_some()
+            && command.tell(ToCommand::Resize(terminal::size())).await.is_ok()
+        {}
+    }
+    std::future::pending().await
 }
 
 /// The signals that would end this program with its terminal still raw.

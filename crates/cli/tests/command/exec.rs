@@ -12,6 +12,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::Value;
+use stencil_api::client::{Client, CommandEvent};
+use stencil_api::exec::{CommandEnd, MESSAGE_LIMIT, STDIN_WINDOW, StreamCommand, ToCommand};
 use tokio::net::UnixStream;
 use tokio_tungstenite::client_async;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -79,6 +81,50 @@ fn much_input_and_output_pass_whole() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(output.stdout == input, "{} bytes came back", output.stdout.len());
+}
+
+#[test]
+fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
+    let guests = Guests::start();
+    let command = StreamCommand {
+        cmd: vec!["sleep".to_owned(), "1000".to_owned()],
+        stdin: true,
+        ..StreamCommand::default()
+    };
+    guests.block_on(async {
+        let client = Client::new(guests.socket());
+        let (input, mut output) = client.exec_stream("web", &command).await.unwrap();
+        let much = vec![0; 10 << 20];
+        // The server and the guest each take a window of it at most, and the rest waits.
+        let (taken, waits) = much.split_at(STDIN_WINDOW as usize * 3 / 2);
+        let said = async {
+            input.write(taken).await.unwrap();
+            tokio::join!(input.write(waits), input.tell(ToCommand::Signal(15)))
+        };
+        let (end, (written, told)) = tokio::join!(output.next(), said);
+        assert!(
+            matches!(end, Ok(CommandEvent::Exited(CommandEnd { signal: Some(15), .. }))),
+            "{end:?}"
+        );
+        told.unwrap();
+        assert!(written.is_err());
+    });
+}
+
+#[test]
+fn a_client_that_minds_no_credit_has_its_input_passed_on_whole() {
+    let guests = Guests::start();
+    // 48 messages, each of the most bytes: one that says that it is input, and then the input.
+    let message = vec![0; MESSAGE_LIMIT];
+    let bytes = 48 * (MESSAGE_LIMIT - 1);
+    let script = format!("test $(wc -c) = {bytes}");
+    let mut said = vec![Message::text(
+        serde_json::json!({ "cmd": ["sh", "-c", script], "stdin": true }).to_string(),
+    )];
+    said.extend((0..48).map(|_| Message::binary(message.clone())));
+    said.push(Message::text(r#""stdin_closed""#));
+    let last = guests.block_on(last_word(&guests.socket(), &said));
+    assert_eq!(last["exited"]["exit_code"], 0, "{last}");
 }
 
 #[test]
