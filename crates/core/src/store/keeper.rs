@@ -95,6 +95,17 @@ mod tests {
         (scratch, data, name)
     }
 
+    /// Somebody makes an instance of the image, and need not wait for whoever is here.
+    fn make_one(keeper: &Arc<Keeper>, data: &DataDir, image: &ImageName) {
+        let (done, made) = mpsc::channel();
+        let (keeper, data, image) = (Arc::clone(keeper), data.clone(), image.clone());
+        thread::spawn(move || {
+            drop(keeper.keep(&data, &image).unwrap());
+            done.send(()).unwrap();
+        });
+        made.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+
     #[test]
     fn an_instance_is_made_while_its_image_s_users_are_looked_for_and_keeps_the_image() {
         let (_scratch, data, image) = debian();
@@ -109,13 +120,7 @@ mod tests {
                     users: Vec::new(),
                 });
             }
-            let (done, committed) = mpsc::channel();
-            let (keeper, data, image) = (Arc::clone(&keeper), data.clone(), image.clone());
-            thread::spawn(move || {
-                drop(keeper.keep(&data, &image).unwrap());
-                done.send(()).unwrap();
-            });
-            committed.recv_timeout(Duration::from_secs(20)).unwrap();
+            make_one(&keeper, &data, &image);
             Ok(())
         };
         let go = || {
@@ -130,11 +135,11 @@ mod tests {
     #[test]
     fn instances_of_other_images_keep_no_image() {
         let (_scratch, data, image) = debian();
-        let keeper = Keeper::default();
+        let keeper = Arc::new(Keeper::default());
         let (other, looks) = ("other".parse().unwrap(), Cell::new(0));
         let look = || {
             looks.set(looks.get() + 1);
-            drop(keeper.keep(&data, &image).unwrap());
+            make_one(&keeper, &data, &image);
             Ok(())
         };
         keeper.when_unused(&other, look, || Ok(())).unwrap();
