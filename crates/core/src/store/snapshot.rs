@@ -93,29 +93,19 @@ impl Store {
     }
 
     /// Sets an instance's snapshot aside: it does not exist any more, and can be brought back as long as it is not
-    /// discarded. For the moment in which a VM that was restored from it begins to run. One that was only prepared is gone.
+    /// discarded. For the moment in which a VM that was restored from it begins to run. One that was only prepared is gone, and
+    /// so is one that was set aside before: its VM may have run since.
     ///
     /// # Errors
     /// [`StoreError::Io`]; then it exists, except where only the sync failed.
     pub fn spend_snapshot(&self, id: &InstanceId, durability: Durability) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
-        self.forget_prepared(&dir)?;
+        forget(&dir.prepared_manifest(&self.boot))?;
         match fs::rename(dir.manifest(), dir.spent_manifest()) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => forget(&dir.spent_manifest()),
             Err(error) => Err(error).while_trying("set aside", &dir.manifest()),
             Ok(()) if durability == Durability::Synced => atomic::sync_dir(dir.path()),
             Ok(()) => Ok(()),
-        }
-    }
-
-    /// No sync: after a power loss it is none anyway.
-    fn forget_prepared(&self, dir: &SnapshotDir) -> Result<(), StoreError> {
-        let prepared = dir.prepared_manifest(&self.boot);
-        match fs::remove_file(&prepared) {
-            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                Err(error).while_trying("remove", &prepared)
-            }
-            _ => Ok(()),
         }
     }
 
@@ -139,13 +129,23 @@ impl Store {
     /// [`StoreError::Io`]. If it fails half-way, there is no snapshot any more.
     pub fn discard_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
-        self.forget_prepared(&dir)?;
+        forget(&dir.prepared_manifest(&self.boot))?;
         match fs::remove_file(dir.manifest()) {
             Ok(()) => atomic::sync_dir(dir.path())?,
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error).while_trying("remove", &dir.manifest()),
         }
         atomic::remove_all(dir.path())
+    }
+}
+
+/// Removes a manifest of no snapshot, if it is there. No sync: after a power loss it is of none anyway.
+fn forget(manifest: &Path) -> Result<(), StoreError> {
+    match fs::remove_file(manifest) {
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Err(error).while_trying("remove", manifest)
+        }
+        _ => Ok(()),
     }
 }
 

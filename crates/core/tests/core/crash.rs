@@ -204,6 +204,19 @@ fn what_was_prepared_goes_with_a_vm_that_runs_on_and_with_what_is_discarded() {
 }
 
 #[test]
+fn a_snapshot_that_was_set_aside_does_not_come_back_to_a_vm_that_ran_since() {
+    let (_scratch, store) = given::store();
+    let metadata = given::record("web");
+    given::standby(&store, &metadata);
+    // The server dies when the VM has begun to run, and a later one lets it go on from a pause, which is refused.
+    store.spend_snapshot(&metadata.id, Durability::Synced).unwrap();
+    let (store, _) = start_again(store);
+    store.spend_snapshot(&metadata.id, Durability::Synced).unwrap();
+    store.regain_snapshot(&metadata.id).unwrap();
+    assert_eq!(store.snapshot(&metadata.id), SnapshotFacts::Absent);
+}
+
+#[test]
 fn while_a_snapshot_is_discarded_there_is_none() {
     for gone in [
         &["manifest.json"][..],
