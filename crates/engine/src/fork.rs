@@ -97,7 +97,15 @@ impl Engine {
         detached(async move {
             let stopwatch = Stopwatch::start(Operation::Fork);
             let reservations = engine.reserve_forks(&source, request.name_prefix.as_ref(), request.count)?;
-            let base = Arc::new(engine.fork_base(&source, request.fork, request.count).await?);
+            let asked = ForkRequest {
+                // In which something is run, whatever its source begins its forks as.
+                target_state: match request.exec {
+                    Some(_) => Some(State::Running),
+                    None => request.fork.target_state,
+                },
+                ..request.fork
+            };
+            let base = Arc::new(engine.fork_base(&source, asked, request.count).await?);
             let forks = reservations.into_iter().map(|reservation| {
                 let (engine, base, stopwatch) = (engine.clone(), Arc::clone(&base), stopwatch.clone());
                 let exec = request.exec.clone();
@@ -184,11 +192,10 @@ impl Engine {
     ) -> impl Future<Output = Work> + Send + 'static {
         let engine = self.clone();
         async move {
-            let fork = fork.to_string();
-            let exec = engine.exec_as_one_of(count as usize, &fork, request).await;
+            let exec = engine.exec_in_fork(fork, count as usize, request).await;
             let deleted = delete_after
                 && engine
-                    .delete(&fork)
+                    .delete(&fork.to_string())
                     .await
                     .inspect_err(|error| {
                         tracing::error!(%fork, error = error_chain(error), "a fork could not be deleted after its work");

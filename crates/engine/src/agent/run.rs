@@ -7,7 +7,7 @@ use bytes::Bytes;
 use stencil_agent::{Exec, ExecError, Output};
 use stencil_core::rules::{self, Operation};
 use stencil_core::{HypervisorName, InstanceId, State};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::ask::NotOpened;
 use super::session::{ExecEvent, ExecSession, Exited};
@@ -27,6 +27,9 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an agent that has not answered yet is waited for: a server that was just started may still be connecting.
 const AGENT_WAIT: Duration = Duration::from_secs(1);
+
+/// The same of one in a new fork, whose guest may be booting; longer where its command may take longer.
+const FORK_WAIT: Duration = Duration::from_secs(30);
 
 /// A command whose result is asked for as one.
 #[derive(Clone, Debug, Default)]
@@ -72,18 +75,47 @@ impl Engine {
     /// # Errors
     /// As [`Engine::agent`] and [`Agent::exec`]; [`EngineError::AgentLost`].
     pub async fn exec(&self, reference: &str, request: ExecRequest) -> Result<ExecOutput, EngineError> {
-        self.exec_as_one_of(1, reference, request).await
+        self.agent(reference).await?.run(request, MAX_CAPTURED).await
     }
 
-    /// The same, as one of so many of one call: these share what is kept of their outputs.
-    pub(crate) async fn exec_as_one_of(
+    /// The same in a fork that was just made, whose guest may be booting: its agent is waited for as long as the command itself
+    /// may take, and [`FORK_WAIT`] at least. It is one of `count` of one call, which share what is kept of their outputs.
+    pub(crate) async fn exec_in_fork(
         &self,
+        fork: InstanceId,
         count: usize,
-        reference: &str,
         request: ExecRequest,
     ) -> Result<ExecOutput, EngineError> {
+        let limit = request
+            .exec
+            .timeout
+            .map_or(FORK_WAIT, |timeout| timeout.max(FORK_WAIT));
+        let reference = fork.to_string();
+        self.until_agent(&reference, limit).await?;
         let most = MAX_CAPTURED.min(MAX_CAPTURED_PER_CALL / count.max(1));
-        self.agent(reference).await?.run(request, most).await
+        self.agent(&reference).await?.run(request, most).await
+    }
+
+    /// Waits until the agent in a guest is ready, or it is certain that it will not be, at most for `limit`.
+    async fn until_agent(&self, reference: &str, limit: Duration) -> Result<(), EngineError> {
+        let slot = self.inner.registry.find(reference)?;
+        let mut changes = self.changes(&slot)?;
+        let deadline = tokio::time::Instant::now() + limit;
+        loop {
+            let state = self.observe(&slot).await?.state();
+            let running = slot.vmm();
+            let agent = running.as_ref().and_then(|running| running.agent.as_ref());
+            let has_settled =
+                agent.is_none_or(|agent| matches!(agent.state(), AgentState::Ready | AgentState::Failed(_)));
+            match state {
+                State::Running if !has_settled => {}
+                State::Initializing if !running.as_ref().is_some_and(|running| running.has_failed()) => {}
+                _ => return Ok(()),
+            }
+            if timeout_at(deadline, changes.next()).await.is_err() {
+                return Ok(());
+            }
+        }
     }
 
     /// The agent in the guest of an instance that is Running.

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use stencil_agent::{CHUNK, SessionId, ToGuest, ToHost, WINDOW};
 use stencil_core::State;
 use stencil_engine::{
-    End, EngineError, Exec, ExecError, ExecEvent, ExecOutput, ExecRequest, ExecSession, ForkRequest,
-    ForksRequest, MAX_CAPTURED, Output,
+    CreateRequest, End, EngineError, Exec, ExecError, ExecEvent, ExecOutput, ExecRequest, ExecSession,
+    ForkRequest, ForksRequest, MAX_CAPTURED, Output,
 };
 use tokio::task::JoinHandle;
 
@@ -362,6 +362,27 @@ fn forks_that_run(count: u32, argv: &[&str]) -> ForksRequest {
         exec: Some(request(argv)),
         delete_after: true,
     }
+}
+
+#[tokio::test]
+async fn a_command_in_a_new_fork_waits_for_an_agent_that_is_not_there_yet() {
+    let (house, mut guests) = house().await;
+    let stopped = CreateRequest {
+        start: false,
+        ..house.request("web")
+    };
+    house.engine.create(stopped).await.unwrap();
+    let engine = house.engine.clone();
+    let forked = tokio::spawn(async move { engine.forks("web", forks_that_run(1, &["hostname"])).await });
+    let mut guest = Guest::next(&mut guests).await;
+    // It boots for longer than a command waits elsewhere for an agent.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    guest.take_epoch().await;
+    guest.run(b"web-1", End::Code(0)).await;
+    let mut outcomes = within(forked).await.unwrap().unwrap();
+    let work = outcomes.remove(0).work.unwrap();
+    assert_eq!(work.exec.unwrap().stdout.bytes, b"web-1");
+    assert!(work.deleted);
 }
 
 #[tokio::test]

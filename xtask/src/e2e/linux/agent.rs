@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Failure, Linux, Scenario, Vm, answered, same};
+use super::{Failure, Linux, MEMORY, Scenario, Vm, answered, disks, outputs, same};
 use crate::linux;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -17,6 +17,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         agent_comes_back,
     ),
     ("a linux without an agent says so, and runs no command", no_agent),
+    (
+        "a command in a fork of a linux that is stopped waits until it has booted",
+        waits_for_boot,
+    ),
 ];
 
 /// How long an agent may take to be back.
@@ -117,4 +121,17 @@ fn no_agent(linux: &mut Linux) -> Result<(), Failure> {
         .client
         .post(&vm.path("/exec"), json!({"cmd": ["true"]}))?;
     same("exec", (409, "no_agent"), (reply.status, reply.code()))
+}
+
+fn waits_for_boot(linux: &mut Linux) -> Result<(), Failure> {
+    let cold = linux.world.create(json!({
+        "name": "cold", "hypervisor": "qemu", "image": disks::IMAGE, "memory": MEMORY, "start": false,
+    }))?;
+    let asked = json!({"count": 1, "exec": {"cmd": ["hostname"], "timeout": "180s"}, "delete_after": true});
+    let made = answered(201, cold.try_forks(asked)?)?;
+    same(
+        "what the command wrote",
+        vec!["cold-1\n".to_owned()],
+        outputs(&made)?,
+    )
 }
