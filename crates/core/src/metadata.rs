@@ -47,6 +47,9 @@ pub struct Metadata {
     /// The template that it was forked of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork_of_template: Option<InstanceId>,
+    /// It was made for one piece of work of the server, and is deleted after it: by the next server if this one ends before.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub delete_after: bool,
     /// How its memory was last restored, or is to be at first; absent if there was nothing to restore.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mode: Option<MemoryMode>,
@@ -85,6 +88,7 @@ impl Metadata {
             hot_pages_path: None,
             armed: None,
             fork_of_template: None,
+            delete_after: false,
             memory_mode: None,
             memory_mode_reason: None,
             vmm: None,
@@ -107,6 +111,11 @@ impl Metadata {
     pub fn to_json(&self) -> Result<Vec<u8>, FormatError> {
         versioned::write(self)
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_no(flag: &bool) -> bool {
+    !*flag
 }
 
 /// The machine that was asked for. A fork inherits it.

@@ -143,5 +143,8 @@ pub(crate) fn fork_metadata(
     generation: VmGeneration,
 ) -> Metadata {
     let now = jiff::Timestamp::now();
-    rules::fork_metadata(&base.metadata, &base.plan, id, name, generation, now)
+    Metadata {
+        delete_after: base.delete_after,
+        ..rules::fork_metadata(&base.metadata, &base.plan, id, name, generation, now)
+    }
 }

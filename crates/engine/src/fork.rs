@@ -105,7 +105,9 @@ impl Engine {
                 },
                 ..request.fork
             };
-            let base = Arc::new(engine.fork_base(&source, asked, request.count).await?);
+            let mut base = engine.fork_base(&source, asked, request.count).await?;
+            base.delete_after = request.delete_after;
+            let base = Arc::new(base);
             let forks = reservations.into_iter().map(|reservation| {
                 let (engine, base, stopwatch) = (engine.clone(), Arc::clone(&base), stopwatch.clone());
                 let exec = request.exec.clone();

@@ -26,6 +26,8 @@ pub(crate) struct ForkBase {
     /// Taken from the source's pool for these forks.
     pub(crate) armed: Mutex<Vec<ArmedFork>>,
     pub(crate) promise: Option<Promise>,
+    /// The forks are for one piece of work, and go with it.
+    pub(crate) delete_after: bool,
 }
 
 impl ForkBase {
@@ -119,6 +121,7 @@ impl Engine {
             snapshot,
             armed: Mutex::new(armed),
             promise,
+            delete_after: false,
         })
     }
 }

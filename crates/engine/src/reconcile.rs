@@ -13,12 +13,14 @@ use crate::{Engine, EngineError};
 impl Engine {
     /// Returns the templates.
     pub(crate) async fn reconcile(&self) -> Result<Vec<Arc<Slot>>, EngineError> {
-        let (mut recorded, mut templates, mut prepared) = (HashSet::new(), Vec::new(), Vec::new());
+        let (mut recorded, mut templates) = (HashSet::new(), Vec::new());
+        let (mut prepared, mut unneeded) = (Vec::new(), Vec::new());
         for found in self.on_disk(stencil_core::Store::scan).await? {
             match found.metadata {
                 Ok(metadata) => {
                     recorded.extend(metadata.vmm.as_ref().map(|record| record.process.clone()));
                     let is_template = metadata.is_template;
+                    unneeded.extend(metadata.delete_after.then_some(metadata.id));
                     let spec = metadata.spec.clone();
                     let slot = self.reattach(metadata);
                     if slot.vmm().is_none() && self.inner.store.is_snapshot_prepared(&slot.id) {
@@ -62,7 +64,22 @@ impl Engine {
                 "swept what interrupted operations left behind"
             );
         }
+        join_all(unneeded.into_iter().map(|fork| self.delete_unneeded(fork))).await;
+        templates.retain(|template| self.inner.registry.holds(template));
         Ok(templates)
+    }
+
+    /// Deletes a fork that was to go after its work, which ended with the server that it was for.
+    async fn delete_unneeded(&self, fork: InstanceId) {
+        match self.delete(&fork.to_string()).await {
+            Ok(()) => {
+                tracing::warn!(instance = %fork, "deleted a fork whose work ended with the server before");
+            }
+            // As one that became a template meanwhile, and has forks of its own.
+            Err(error) => {
+                tracing::error!(instance = %fork, error = error_chain(&error), "a fork could not be deleted whose work ended with the server before");
+            }
+        }
     }
 
     /// Ends a standby that was interrupted when nothing was left to do but to close its disks: its VM has not run since, and the

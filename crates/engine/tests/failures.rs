@@ -344,6 +344,29 @@ async fn a_running_source_goes_on_even_if_its_fork_fails() {
 }
 
 #[tokio::test]
+async fn forks_whose_work_ended_with_their_server_are_deleted_by_the_next() {
+    let house = House::new().await;
+    house.template("warm").await;
+    let made = house.engine.forks("warm", forks(2)).await.unwrap();
+    let path = house.metadata_path(&made[0].result.as_ref().unwrap().id);
+    let house = house
+        .restart_after(|| {
+            let record = fs::read_to_string(&path).unwrap();
+            let marked = record.replacen('{', r#"{"delete_after": true,"#, 1);
+            fs::write(&path, marked).unwrap();
+        })
+        .await;
+    let listed = house.engine.list(Filter::default()).await.unwrap();
+    let names: Vec<_> = listed
+        .iter()
+        .map(|instance| instance.name.clone().unwrap().to_string())
+        .collect();
+    assert_eq!(names, ["warm", "warm-2"]);
+    assert_eq!(house.processes().len(), 1);
+    assert_eq!(house.directories().len(), 2);
+}
+
+#[tokio::test]
 async fn forks_that_worked_stay_and_each_is_told() {
     let house = House::new().await;
     house.template("warm").await;

@@ -66,6 +66,7 @@ pub(crate) fn full() -> Metadata {
         hot_pages_path: Some("/data/templates/01k9z0c8mn0000000000000002/hot-pages".into()),
         armed: Some(2),
         fork_of_template: Some("01k9z0c8mn0000000000000000".parse().unwrap()),
+        delete_after: true,
         memory_mode: Some(MemoryMode::Copy),
         memory_mode_reason: Some("it could not be mapped".to_owned()),
         vmm: Some(VmmRecord {

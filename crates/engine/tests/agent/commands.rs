@@ -378,6 +378,8 @@ async fn a_command_in_a_new_fork_waits_for_an_agent_that_is_not_there_yet() {
     // It boots for longer than a command waits elsewhere for an agent.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     guest.take_epoch().await;
+    let fork = house.engine.get("web-1").await.unwrap();
+    assert!(fork.metadata.unwrap().delete_after);
     guest.run(b"web-1", End::Code(0)).await;
     let mut outcomes = within(forked).await.unwrap().unwrap();
     let work = outcomes.remove(0).work.unwrap();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Failure, Linux, MEMORY, Scenario, Vm, answered, disks, outputs, same};
+use super::{Failure, Linux, MEMORY, Scenario, Vm, answered, disks, holds, outputs, same};
 use crate::linux;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -20,6 +20,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     (
         "a command in a fork of a linux that is stopped waits until it has booted",
         waits_for_boot,
+    ),
+    (
+        "forks that were to go after their work go when the server is killed amid it",
+        work_ends_with_its_server,
     ),
 ];
 
@@ -134,4 +138,29 @@ fn waits_for_boot(linux: &mut Linux) -> Result<(), Failure> {
         vec!["cold-1\n".to_owned()],
         outputs(&made)?,
     )
+}
+
+fn work_ends_with_its_server(linux: &mut Linux) -> Result<(), Failure> {
+    let source = linux.template.clone();
+    let asked = std::thread::spawn(move || {
+        let work = json!({"cmd": ["sleep", "1000"], "timeout": "600s"});
+        source.try_forks(json!({"count": 2, "exec": work, "delete_after": true}))
+    });
+    let deadline = Instant::now() + BACK_LIMIT;
+    loop {
+        let all = linux.world.list()?;
+        let running = all.iter().filter(|instance| instance["state"] == "Running");
+        let running = running.count();
+        if running == 2 || Instant::now() > deadline {
+            same("forks that run", 2, running)?;
+            break;
+        }
+    }
+    linux.world.server.kill9()?;
+    let reply = asked
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    holds(reply.is_err(), "the call", "cut off", reply.is_ok())?;
+    linux.world.server.start_again()?;
+    same("instances of the next server", 1, linux.world.list()?.len())
 }
