@@ -13,7 +13,7 @@ const READY_WAIT: Duration = Duration::from_secs(10);
 
 /// After so long without a word an instance is looked at for which somebody waits: QEMU writes nothing anywhere when its guest
 /// goes down.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// After so long without a word a guest that was printing is looked after: what it printed last and its end may have
 /// come as one change.

@@ -1,18 +1,19 @@
 //! A command in a guest, from its request to its result.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use stencil_agent::{Exec, ExecError, Output};
 use stencil_core::rules::{self, Operation};
 use stencil_core::{HypervisorName, InstanceId, State};
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::ask::NotOpened;
 use super::session::{ExecEvent, ExecSession, Exited};
 use super::{AgentLink, AgentState};
 use crate::running::RunningVmm;
+use crate::wait::LOOK_AGAIN;
 use crate::{Engine, EngineError};
 
 /// The most bytes of each output of a command that are kept in its result.
@@ -100,7 +101,7 @@ impl Engine {
     async fn until_agent(&self, reference: &str, limit: Duration) -> Result<(), EngineError> {
         let slot = self.inner.registry.find(reference)?;
         let mut changes = self.changes(&slot)?;
-        let deadline = tokio::time::Instant::now() + limit;
+        let deadline = Instant::now() + limit;
         loop {
             let state = self.observe(&slot).await?.state();
             let running = slot.vmm();
@@ -110,11 +111,19 @@ impl Engine {
             match state {
                 State::Running if !has_settled => {}
                 State::Initializing if !running.as_ref().is_some_and(|running| running.has_failed()) => {}
+                // A VMM that is slow to answer on a busy host is no reason to give its guest up.
+                State::Unknown
+                    if running
+                        .as_ref()
+                        .is_some_and(|running| running.process.has_exited().is_none()) => {}
                 _ => return Ok(()),
             }
-            if timeout_at(deadline, changes.next()).await.is_err() {
+            let now = Instant::now();
+            if now >= deadline {
                 return Ok(());
             }
+            // That nothing was heard is as good a reason to look.
+            let _ = timeout_at(deadline.min(now + LOOK_AGAIN), changes.next()).await;
         }
     }
 
@@ -209,7 +218,7 @@ impl Agent {
     /// # Errors
     /// As [`exec`](Self::exec); [`EngineError::AgentLost`] also while it runs.
     async fn run(&self, request: ExecRequest, most: usize) -> Result<ExecOutput, EngineError> {
-        let begun = Instant::now();
+        let begun = std::time::Instant::now();
         let ExecRequest { mut exec, stdin } = request;
         let limit = exec.timeout.map(|timeout| timeout.saturating_add(END_LIMIT));
         exec.stdin = !stdin.is_empty();
