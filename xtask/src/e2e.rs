@@ -96,7 +96,16 @@ pub(crate) fn run(options: &Options) -> Result<bool, TaskError> {
     let mut results: Vec<Tried> = scenarios(&hypervisor)
         .into_iter()
         .filter(|planned| planned.name.to_lowercase().contains(&filter))
-        .map(|planned| try_one(planned, &built, &hypervisor))
+        .map(|planned| {
+            if planned.is_long && filter.is_empty() {
+                let why = format!(
+                    "{} takes too long over it: name it with --filter",
+                    hypervisor.name
+                );
+                return Tried::told(planned.name, Outcome::Skipped(why), Instant::now());
+            }
+            try_one(planned, &built, &hypervisor)
+        })
         .collect();
     if on_qemu && linux::has(&filter) {
         results.extend(match setup::prepare_linux() {
@@ -136,6 +145,8 @@ struct Planned {
     name: String,
     act: fn(&mut World) -> Result<(), Failure>,
     way: Way,
+    /// Whether it takes so long that it is tried only when it is asked for.
+    is_long: bool,
 }
 
 /// All scenarios, and those that fork once more for each way to do it.
@@ -165,13 +176,18 @@ fn scenarios(hypervisor: &Hypervisor) -> Vec<Planned> {
             name: format!("{name}{}", way.suffix()),
             act: *act,
             way,
+            is_long: !hypervisor.bears_fleets() && fleet::SCENARIOS.iter().any(|(long, _)| long == name),
         });
         planned.collect::<Vec<_>>()
     };
     Way::all(hypervisor).into_iter().flat_map(planned).collect()
 }
 
-fn try_one(Planned { name, act, way }: Planned, built: &build::Built, hypervisor: &Arc<Hypervisor>) -> Tried {
+fn try_one(
+    Planned { name, act, way, .. }: Planned,
+    built: &build::Built,
+    hypervisor: &Arc<Hypervisor>,
+) -> Tried {
     let began = Instant::now();
     let outcome = match World::new(built, hypervisor, way) {
         Err(failure) => Outcome::failed(&failure),

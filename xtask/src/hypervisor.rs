@@ -92,6 +92,11 @@ impl Hypervisor {
         self.name != QEMU
     }
 
+    /// Whether fleets of its VMs come up in the time of a test run. QEMU needs some 50 ms to start and restore each.
+    pub(crate) fn bears_fleets(&self) -> bool {
+        self.name != QEMU
+    }
+
     /// Whether it tells a guest's fault from its wish to be reset. No server tells it.
     pub(crate) fn tells_faults(&self) -> bool {
         self.name != QEMU
