@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | `link` | one task for each VM that runs: connects, and connects again; moves bytes |
+//! | `greeting` | one greeting and its answer, of an armed fork |
 //! | `ask` | what sessions and operations ask of a link |
 //! | `conversation` | what is said, and what is heard: a value that does no I/O |
 //! | `session` | one command: its output, its input, its end |
@@ -18,6 +19,7 @@
 
 mod ask;
 mod conversation;
+mod greeting;
 mod link;
 mod run;
 mod session;
@@ -29,6 +31,7 @@ use std::time::Duration;
 use stencil_agent::{Exec, SessionId};
 use stencil_core::{EpochId, InstanceDir, InstanceId, VmGeneration};
 use stencil_vmm::{Hypervisor, VmmProcess};
+use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
@@ -36,6 +39,7 @@ use tokio::time::timeout;
 use self::ask::{Ask, NotOpened};
 use crate::registry::Slot;
 
+pub(crate) use self::greeting::greet;
 pub use self::run::{Agent, Captured, ExecOutput, ExecRequest, MAX_CAPTURED};
 pub use self::session::{ExecEvent, ExecEvents, ExecInput, ExecSession, Exited, SessionOver};
 
@@ -89,7 +93,8 @@ pub(crate) struct Identity {
 
 impl AgentLink {
     /// Begins to talk to the agent of the VM that `process` runs in `dir`, and goes on for as long as the process lives. A guest
-    /// that `is_new` runs, and has not been told its epoch; of others that has to be asked.
+    /// that `is_new` runs, and has not been told its epoch; of others that has to be asked. `stream` leads to it, if somebody has
+    /// connected already.
     pub(crate) fn begin(
         slot: &Arc<Slot>,
         hypervisor: Arc<dyn Hypervisor>,
@@ -97,6 +102,7 @@ impl AgentLink {
         process: VmmProcess,
         identity: Identity,
         is_new: bool,
+        stream: Option<UnixStream>,
     ) -> Self {
         let (asks, asked) = mpsc::channel(ASKS);
         let (gone, left) = mpsc::unbounded_channel();
@@ -113,6 +119,7 @@ impl AgentLink {
             dir,
             identity,
             is_new,
+            stream,
             asked,
             left,
             sees,

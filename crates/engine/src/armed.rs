@@ -162,7 +162,19 @@ impl Engine {
         let has_hot_pages = matches!(hot_pages, HotPagesUse::Prefetch(_));
         let _permit = self.turn_to_bring_up().await;
         let mut stopwatch = Stopwatch::start(Operation::Fork);
-        let fork = self.prepare(&base, snapshot, InstanceId::generate(), hot_pages, &mut stopwatch);
+        let fork = async {
+            let id = InstanceId::generate();
+            let mut fork = self
+                .prepare(&base, snapshot, id, hot_pages, &mut stopwatch)
+                .await?;
+            match self.greet(&base, &mut fork).await {
+                Ok(()) => Ok(fork),
+                Err(failed) => {
+                    fork.end().await;
+                    Err(failed)
+                }
+            }
+        };
         // Others wait for this one: for the template, and to arm forks of theirs.
         let Ok(fork) = timeout(ARM_LIMIT, fork).await else {
             tracing::warn!(instance = %slot.id, after = ?ARM_LIMIT, "a fork takes too long to be armed, and is given up");

@@ -64,6 +64,7 @@ impl Engine {
             record,
             memory,
             recording,
+            agent,
             process,
             new,
         } = prepared;
@@ -76,7 +77,7 @@ impl Engine {
         new.commit(&metadata, Durability::Renamed)?;
         let (slot, guard) = reservation.commit(&metadata);
         let process = process.keep();
-        self.adopt(&slot, process.clone(), &record, &metadata, is_to_run);
+        self.adopt(&slot, process.clone(), &record, &metadata, is_to_run, agent);
         if let Some(claim) = recording {
             let memory = snapshot.manifest.memory_generation;
             if let Err(failed) = self.keep_recording(&base.source, claim, &slot, memory) {

@@ -8,6 +8,7 @@ use stencil_core::{
     SnapshotDir, SnapshotFacts, SnapshotManifest, State, VmGeneration, VmmRecord, error_chain,
 };
 use stencil_vmm::{HotPages, Hypervisor, Restore, Restored, Start, VmmError, VmmProcess};
+use tokio::net::UnixStream;
 
 use crate::admission::check_boot_files;
 use crate::agent::{AgentLink, Identity};
@@ -212,7 +213,7 @@ impl Engine {
         record: VmmRecord,
         metadata: Metadata,
     ) -> Result<Metadata, EngineError> {
-        self.adopt(slot, process.clone(), &record, &metadata, false);
+        self.adopt(slot, process.clone(), &record, &metadata, false, None);
         let metadata = Metadata {
             vmm: Some(record),
             ..metadata
@@ -229,7 +230,7 @@ impl Engine {
 
     /// The VMM belongs to the instance from now on: its guest's agent is told who the guest is, and its end will be noticed
     /// and told. A guest that `is_new` runs, and has not been told who it is; the time that it is told is right for a guest that
-    /// runs only.
+    /// runs only. `agent` leads to its agent, if somebody has connected already.
     pub(crate) fn adopt(
         &self,
         slot: &Arc<Slot>,
@@ -237,12 +238,13 @@ impl Engine {
         record: &VmmRecord,
         metadata: &Metadata,
         is_new: bool,
+        agent: Option<UnixStream>,
     ) {
         let spec = &metadata.spec;
         // VMs of a hypervisor that this server does not offer go on running without it.
         let hypervisor = self.hypervisor(&spec.hypervisor).ok();
-        let agent = hypervisor.filter(|hypervisor| hypervisor.capabilities().agent);
-        let agent = agent.map(|hypervisor| {
+        let has_port = hypervisor.filter(|hypervisor| hypervisor.capabilities().agent);
+        let agent = has_port.map(|hypervisor| {
             let identity = Identity {
                 epoch: record.epoch.id,
                 host_name: metadata.name.to_string(),
@@ -256,6 +258,7 @@ impl Engine {
                 process.clone(),
                 identity,
                 is_new,
+                agent,
             )
         });
         slot.set_vmm(Some(Arc::new(RunningVmm::new(

@@ -16,7 +16,7 @@
 //! | `disks`, `disk_image` | the layers of an instance's disks, and what a disk's base can be |
 //! | `images` | what instances are made of, kept by name |
 //! | `fork_base`, `prepare`, `begin` | a fork's hops: its source under its lock, up to its first instruction, and from there on |
-//! | `pool`, `armed`, `pressure` | forks that are prepared before they are asked for, and when they give way |
+//! | `pool`, `armed`, `greet`, `pressure` | forks that are prepared before they are asked for, how far they run, and when they give way |
 //! | `hot_pages`, `hot_list` | which fork of a template records, and which gets what was recorded |
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
 //! | `power_off` | a guest is asked to power itself off before its VMM is ended |
@@ -75,6 +75,7 @@ mod engine;
 mod error;
 mod fork;
 mod fork_base;
+mod greet;
 mod host;
 mod hot_list;
 mod hot_pages;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use stencil_core::{InstanceId, NewInstance, VmGeneration, VmmRecord};
 use stencil_vmm::{KillGuard, Restored, VmmProcess};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::hot_list::Claim;
@@ -13,7 +14,7 @@ use crate::hot_list::Claim;
 /// How long a killed VMM may take to be gone.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// A fork that has not run. Dropped, it leaves no process and no directory.
+/// A fork in which nothing of its users' has run. Dropped, it leaves no process and no directory.
 #[derive(Debug)]
 pub(crate) struct PreparedFork {
     pub(crate) id: InstanceId,
@@ -23,6 +24,8 @@ pub(crate) struct PreparedFork {
     pub(crate) memory: Restored,
     /// The right to record hot pages, where it does.
     pub(crate) recording: Option<Claim>,
+    /// Leads to its guest's agent, where that was greeted.
+    pub(crate) agent: Option<UnixStream>,
     /// Before the directory, which goes when nobody works in it any more.
     pub(crate) process: KillGuard,
     pub(crate) new: NewInstance,

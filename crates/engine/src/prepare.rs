@@ -79,6 +79,7 @@ impl Engine {
             record: back.record,
             memory: back.memory,
             recording: None,
+            agent: None,
             process: back.process.kill_on_drop(),
             new,
         })

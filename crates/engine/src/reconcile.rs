@@ -103,7 +103,7 @@ impl Engine {
         match VmmProcess::attach(&record.process) {
             Ok(Some(process)) => {
                 tracing::info!(instance = %slot.id, pid = record.process.pid, "found a running VMM again");
-                self.adopt(&slot, process, record, &metadata, false);
+                self.adopt(&slot, process, record, &metadata, false, None);
             }
             Ok(None) => {
                 tracing::warn!(instance = %slot.id, pid = record.process.pid, "its VMM ended while no server watched it");

@@ -43,6 +43,8 @@ pub(super) struct Link {
     pub(super) identity: Identity,
     /// The guest runs and has not been told its epoch.
     pub(super) is_new: bool,
+    /// A connection that is there already.
+    pub(super) stream: Option<UnixStream>,
     pub(super) asked: mpsc::Receiver<Ask>,
     pub(super) left: mpsc::UnboundedReceiver<SessionId>,
     pub(super) sees: watch::Sender<Seen>,
@@ -69,7 +71,11 @@ impl Link {
         let began = Instant::now();
         let mut wait = AGAIN;
         loop {
-            match self.hypervisor.connect_agent(&self.dir).await {
+            let connected = match self.stream.take() {
+                Some(stream) => Ok(stream),
+                None => self.hypervisor.connect_agent(&self.dir).await,
+            };
+            match connected {
                 Ok(stream) => {
                     let was_heard = self.converse(stream).await;
                     if was_heard {

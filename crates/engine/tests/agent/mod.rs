@@ -1,6 +1,7 @@
 //! The link to the agent in a guest: who a guest is told that it is, and what the engine makes of what agents say.
 
 mod commands;
+mod greeting;
 mod guest;
 mod power_off;
 

@@ -19,8 +19,8 @@ use stencil_core::{
 };
 use stencil_engine::{Config, CreateRequest, Engine};
 use stencil_vmm::{
-    Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus, VmmError,
-    VmmProcess, stray_processes,
+    Accelerator, Capabilities, Exit, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus,
+    VmmError, VmmProcess, stray_processes,
 };
 use tempfile::TempDir;
 use tokio::net::UnixStream;
@@ -36,6 +36,7 @@ pub(crate) struct Scripted {
     deaf: AtomicU32,
     tells_nothing: AtomicBool,
     maps_nothing: AtomicBool,
+    emulates: AtomicBool,
     log: Mutex<Vec<String>>,
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
@@ -110,6 +111,11 @@ impl Scripted {
         phases.values_mut().for_each(|phase| *phase = VmPhase::Shutdown);
     }
 
+    /// From now on its guests are emulated, and it serves no memory.
+    pub(crate) fn emulate(&self) {
+        self.emulates.store(true, Ordering::SeqCst);
+    }
+
     /// The next VMM that is to resume does not answer.
     pub(crate) fn do_not_answer_once(&self) {
         self.deaf.store(1, Ordering::SeqCst);
@@ -159,8 +165,13 @@ impl Hypervisor for Scripted {
     }
 
     fn capabilities(&self) -> Capabilities {
+        let memory_modes = if self.emulates.load(Ordering::SeqCst) {
+            vec![MemoryMode::Cow]
+        } else {
+            vec![MemoryMode::Cow, MemoryMode::Uffd]
+        };
         Capabilities {
-            memory_modes: vec![MemoryMode::Cow, MemoryMode::Uffd],
+            memory_modes,
             max_vcpus: 4,
             host_cpu: true,
             firmware: true,
@@ -273,6 +284,10 @@ impl Hypervisor for Scripted {
         // A test that is over has no guests any more.
         let _ = guests.send(guest);
         Ok(host)
+    }
+
+    fn accelerator(&self, _: &InstanceDir) -> Option<Accelerator> {
+        self.emulates.load(Ordering::SeqCst).then_some(Accelerator::Tcg)
     }
 
     fn last_words(&self, _dir: &InstanceDir) -> Option<String> {

@@ -5,6 +5,8 @@ use std::collections::HashSet;
 use serde_json::json;
 
 use super::{Failure, Linux, Scenario, answered, holds, outputs, same};
+use crate::armed::was_armed;
+use crate::e2e::armed::until_full;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     (
@@ -12,6 +14,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         are_unlike,
     ),
     ("in forks of linux that are copied, too", copies_are_unlike),
+    (
+        "armed forks of linux are unlike too, have the time when they are taken, and one past",
+        armed_are_unlike,
+    ),
     (
         "forks of linux have the time, names of their own, and one past",
         have_one_past,
@@ -24,6 +30,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 
 const MANY: usize = 16;
 const UUIDS: usize = 100;
+const ARMED: u64 = 3;
 
 /// 100 uuids, and 32 bytes of getrandom(2), by two processes at the same time. `read` is the shell's own: no process for each.
 const DRAW: &str = "(n=0; while [ $n -lt 100 ]; do read uuid </proc/sys/kernel/random/uuid; echo uuid $uuid; n=$((n+1)); done) &
@@ -63,6 +70,32 @@ fn copies_are_unlike(linux: &mut Linux) -> Result<(), Failure> {
         )?;
     }
     all_differ(&outputs(&made)?, 2)
+}
+
+fn armed_are_unlike(linux: &mut Linux) -> Result<(), Failure> {
+    let arm = |count: u64| {
+        let patch = json!({"armed": count});
+        answered(200, linux.world.client.patch(&linux.template.path(""), patch)?)
+    };
+    arm(ARMED)?;
+    until_full(&linux.template, ARMED)?;
+    let request = json!({"count": ARMED, "exec": {"cmd": ["sh", "-c", DRAW], "timeout": "100s"}});
+    let made = answered(201, linux.template.try_forks(request)?)?;
+    arm(0)?;
+    let entries = made["forks"].as_array().cloned().unwrap_or_default();
+    for entry in &entries {
+        let fork = &entry["instance"];
+        holds(was_armed(fork), "a fork from the pool", "taken", fork)?;
+        let fork = linux.world.vm(fork)?;
+        fork.has_the_time()?;
+        fork.counts_on_from(linux.count)?;
+        same(
+            "what is in the tmpfs",
+            &*linux.token,
+            fork.sh("cat /run/token")?.trim(),
+        )?;
+    }
+    all_differ(&outputs(&made)?, entries.len())
 }
 
 /// That `times` draws were made, and that nothing in them is there twice.
