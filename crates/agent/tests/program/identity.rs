@@ -15,6 +15,8 @@ fn an_epoch_makes_another_machine() {
             host.print("hostname; cat /etc/machine-id"),
             format!("fork-{number}\n{machine_id}\n")
         );
+        // What comes next is shorter.
+        host.print("echo and so on >>/etc/machine-id");
     }
 }
 

@@ -1,8 +1,8 @@
 //! Makes the guest the machine of an epoch: the kernel's randomness, its clock, its name, its machine id.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
 use rustix::ioctl::{Setter, opcode};
@@ -33,15 +33,26 @@ pub(crate) enum IdentityError {
 }
 
 /// How much of the machine is the guest's.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Identity {
-    /// Randomness and clock are not.
-    pub(crate) shared_kernel: bool,
+    /// The kernel's randomness, open already as a fork waits for that; absent where randomness and clock are not the guest's.
+    random: Option<File>,
 }
 
 impl Identity {
+    /// Of a machine whose kernel is the guest's alone, or is not.
+    ///
+    /// # Errors
+    /// If the kernel's randomness cannot be opened.
+    pub(crate) fn new(shared_kernel: bool) -> io::Result<Self> {
+        let random = (!shared_kernel).then(|| File::open("/dev/urandom"));
+        Ok(Self {
+            random: random.transpose()?,
+        })
+    }
+
     /// Takes the identity of `epoch`. What fails leaves what came before it done; taking it again is harmless.
-    pub(crate) fn take(self, epoch: &Epoch) -> Result<(), IdentityError> {
+    pub(crate) fn take(&self, epoch: &Epoch) -> Result<(), IdentityError> {
         let name = &epoch.host_name;
         let is_of_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
         if name.is_empty() || name.len() > HOST_NAME_MAX || !name.bytes().all(is_of_name) {
@@ -52,8 +63,8 @@ impl Identity {
         if epoch.machine_id == [0; 16] {
             return Err(IdentityError::MachineId);
         }
-        if !self.shared_kernel {
-            add_entropy(&epoch.entropy).map_err(IdentityError::Entropy)?;
+        if let Some(random) = &self.random {
+            add_entropy(random, &epoch.entropy).map_err(IdentityError::Entropy)?;
             let time = Timespec::try_from(epoch.wall_clock);
             let time = time.map_err(|_| IdentityError::Clock(ErrorKind::InvalidInput.into()))?;
             rustix::time::clock_settime(ClockId::Realtime, time)
@@ -74,21 +85,35 @@ struct RandPoolInfo {
 }
 
 /// Mixes the bytes into the kernel's pool, and makes all of its generators start again from that.
-fn add_entropy(entropy: &Entropy) -> io::Result<()> {
+fn add_entropy(random: &File, entropy: &Entropy) -> io::Result<()> {
     let info = RandPoolInfo {
         entropy_bits: 512,
         bytes: 64,
         pool: entropy.0,
     };
-    let random = File::open("/dev/urandom")?;
     // SAFETY: RNDADDENTROPY is _IOW('R', 3, int[2]) and reads a rand_pool_info with as many bytes as it says;
     // RNDRESEEDCRNG is _IO('R', 7).
     unsafe {
         rustix::ioctl::ioctl(
-            &random,
+            random,
             Setter::<{ opcode::write::<[i32; 2]>(b'R', 3) }, _>::new(info),
         )?;
-        rustix::ioctl::ioctl(&random, rustix::ioctl::NoArg::<{ opcode::none(b'R', 7) }>::new())?;
+        rustix::ioctl::ioctl(random, rustix::ioctl::NoArg::<{ opcode::none(b'R', 7) }>::new())?;
+    }
+    Ok(())
+}
+
+/// Writes a file in place. What is as long as before is not cut off first, which takes longer than writing it.
+fn overwrite(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
+    file.write_all(bytes)?;
+    let length = bytes.len() as u64;
+    if file.metadata()?.len() > length {
+        file.set_len(length)?;
     }
     Ok(())
 }
@@ -101,7 +126,7 @@ fn set_machine_id(id: [u8; 16]) -> io::Result<()> {
         text
     });
     text.push('\n');
-    match fs::write(MACHINE_ID, &text) {
+    match overwrite(Path::new(MACHINE_ID), text.as_bytes()) {
         Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {}
         written => return written,
     }

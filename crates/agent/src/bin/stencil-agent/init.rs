@@ -63,7 +63,7 @@ fn serve() -> Result<Ended, Box<dyn Error>> {
     let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
     let place = Place::await_device()?;
     log(&format!("waits for the host on {place}"));
-    let identity = Identity { shared_kernel: false };
+    let identity = Identity::new(false)?;
     let agent = Agent::new(Link::new(place)?, signals, join_cgroups(None), identity);
     Ok(agent.with_button(Button::find()).run()?)
 }

@@ -112,9 +112,7 @@ fn serve(service: &Service) -> Result<(), Box<dyn Error>> {
         (None, None) => Place::find()?,
     };
     let cgroups = join_cgroups(service.cgroup.as_deref());
-    let identity = Identity {
-        shared_kernel: service.shared_kernel,
-    };
+    let identity = Identity::new(service.shared_kernel)?;
     log(&format!("waits for the host on {place}"));
     let mut agent = Agent::new(Link::new(place)?, signals, cgroups, identity);
     let ended = agent.run()?;
