@@ -51,7 +51,11 @@ pub(super) async fn restore(
     let received = receive(dir, client, &pager).await;
     // Best effort: nobody listens there any more, and the next restore removes it.
     let _ = fs::remove_file(&socket);
-    received?;
+    if let Err(error) = received {
+        // It is gone when the failure is told. What does not end now is killed when the guard goes.
+        let _ = pager.terminate().await;
+        return Err(error);
+    }
     tokio::spawn(end_with(vmm, pager.keep(), directory));
     Ok(())
 }
