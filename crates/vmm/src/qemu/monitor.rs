@@ -111,8 +111,16 @@ impl Monitor {
             stream: BufReader::new(stream),
             version: String::new(),
         };
-        let Some(greeting) = monitor.line().await?.greeting else {
-            return Err(monitor.unexpected("a greeting"));
+        let greeting = loop {
+            match monitor.line().await? {
+                Line {
+                    greeting: Some(greeting),
+                    ..
+                } => break greeting,
+                // Of something that happened while QEMU took the connection, which still has the last one's rights then.
+                Line { event: Some(_), .. } => {}
+                _ => return Err(monitor.unexpected("a greeting")),
+            }
         };
         let Version { major, minor, micro } = greeting.version.qemu;
         monitor.version = format!("{major}.{minor}.{micro}");

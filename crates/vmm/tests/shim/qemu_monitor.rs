@@ -37,7 +37,14 @@ fn flood(bytes: &str) -> Turn {
 
 /// Up to where `query-status` waits for its reply.
 fn greeted(mut then: Vec<Turn>) -> Vec<Turn> {
-    let mut turns = vec![says(GREETING), Listens, says(EVENT), says(DONE), Listens];
+    let mut turns = vec![
+        says(EVENT),
+        says(GREETING),
+        Listens,
+        says(EVENT),
+        says(DONE),
+        Listens,
+    ];
     turns.append(&mut then);
     turns
 }
