@@ -170,14 +170,15 @@ impl Qemu {
     /// version, and a snapshot would then be recorded as another version's.
     async fn open_new(&self, dir: &InstanceDir, call: Call) -> Result<Monitor, VmmError> {
         let expected = self.version().await?;
-        let monitor = Monitor::open(dir, call).await?;
-        if monitor.version() == expected {
+        let mut monitor = Monitor::open(dir, call).await?;
+        let running = monitor.version().await?;
+        if running == expected {
             Ok(monitor)
         } else {
             Err(VmmError::Replaced {
                 binary: self.binary.clone(),
                 expected,
-                running: monitor.version().to_owned(),
+                running,
             })
         }
     }

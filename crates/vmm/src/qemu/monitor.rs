@@ -28,7 +28,8 @@ pub(super) struct Monitor {
     call: Call,
     until: Instant,
     stream: BufReader<UnixStream>,
-    version: String,
+    /// There when the greeting and the reply to what opened the conversation have been read.
+    version: Option<String>,
 }
 
 /// What QEMU says that its VM does (qapi/run-state.json, `RunState`).
@@ -99,6 +100,9 @@ struct MigrationEvent {
 
 impl Monitor {
     /// Connects to the QEMU in `dir` for one call, which has the call's deadline from here to its end.
+    ///
+    /// Nothing is waited for: what opens a conversation goes out at once, and its replies are read before that of the first
+    /// command. To ask for the status takes one turn instead of three.
     pub(super) async fn open(dir: &InstanceDir, call: Call) -> Result<Self, VmmError> {
         let until = Instant::now() + call.deadline();
         let socket = dir.vmm_socket();
@@ -109,28 +113,33 @@ impl Monitor {
             call,
             until,
             stream: BufReader::new(stream),
-            version: String::new(),
+            version: None,
         };
+        monitor.send("qmp_capabilities", &json!({}), None).await?;
+        Ok(monitor)
+    }
+
+    /// The version of this QEMU, such as `7.2.22`.
+    pub(super) async fn version(&mut self) -> Result<String, VmmError> {
+        if let Some(version) = &self.version {
+            return Ok(version.clone());
+        }
         let greeting = loop {
-            match monitor.line().await? {
+            match self.line().await? {
                 Line {
                     greeting: Some(greeting),
                     ..
                 } => break greeting,
                 // Of something that happened while QEMU took the connection, which still has the last one's rights then.
                 Line { event: Some(_), .. } => {}
-                _ => return Err(monitor.unexpected("a greeting")),
+                _ => return Err(self.unexpected("a greeting")),
             }
         };
         let Version { major, minor, micro } = greeting.version.qemu;
-        monitor.version = format!("{major}.{minor}.{micro}");
-        monitor.execute("qmp_capabilities", &json!({})).await?;
-        Ok(monitor)
-    }
-
-    /// The version of this QEMU, such as `7.2.22`.
-    pub(super) fn version(&self) -> &str {
-        &self.version
+        self.reply("qmp_capabilities").await?;
+        let version = format!("{major}.{minor}.{micro}");
+        self.version = Some(version.clone());
+        Ok(version)
     }
 
     /// What the VM does.
@@ -225,14 +234,29 @@ impl Monitor {
         arguments: &Value,
         file: Option<BorrowedFd<'_>>,
     ) -> Result<Value, VmmError> {
+        self.send(command, arguments, file).await?;
+        // It is in what comes before this command's reply, the first time.
+        self.version().await?;
+        self.reply(command).await
+    }
+
+    async fn send(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        file: Option<BorrowedFd<'_>>,
+    ) -> Result<(), VmmError> {
         let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
         request.push('\n');
         let sent = timeout_at(self.until, send(self.stream.get_mut(), request.as_bytes(), file)).await;
         match sent {
-            Ok(Ok(())) => {}
-            Ok(Err(source)) => return Err(self.hung_up(source)),
-            Err(_elapsed) => return Err(self.too_late()),
+            Ok(sent) => sent.map_err(|source| self.hung_up(source)),
+            Err(_elapsed) => Err(self.too_late()),
         }
+    }
+
+    /// The next reply, which is that to `command`.
+    async fn reply(&mut self, command: &str) -> Result<Value, VmmError> {
         loop {
             match self.line().await? {
                 Line {
