@@ -204,6 +204,8 @@ pub fn promoted(metadata: &Metadata) -> Metadata {
     Metadata {
         is_template: true,
         vmm: None,
+        // Who makes a template of a fork keeps it.
+        delete_after: false,
         ..metadata.clone()
     }
 }

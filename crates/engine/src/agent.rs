@@ -70,6 +70,7 @@ pub(crate) struct AgentLink {
     gone: mpsc::UnboundedSender<SessionId>,
     seen: watch::Receiver<Seen>,
     hurry: Arc<Notify>,
+    thaw: Arc<link::Thaw>,
     sessions: AtomicU32,
     task: AbortHandle,
 }
@@ -111,6 +112,7 @@ impl AgentLink {
             taken: false,
         });
         let hurry = Arc::new(Notify::new());
+        let thaw = Arc::new(link::Thaw::default());
         let link = link::Link {
             // The slot owns the link, not the other way round.
             slot: Arc::downgrade(slot),
@@ -124,6 +126,7 @@ impl AgentLink {
             left,
             sees,
             hurry: Arc::clone(&hurry),
+            thaw: Arc::clone(&thaw),
         };
         let task = tokio::spawn(link.keep(process)).abort_handle();
         Self {
@@ -131,6 +134,7 @@ impl AgentLink {
             gone,
             seen,
             hurry,
+            thaw,
             sessions: AtomicU32::new(0),
             task,
         }
@@ -195,10 +199,9 @@ impl AgentLink {
         }
     }
 
-    /// Lets the users' processes go on in the same epoch.
-    pub(crate) async fn thaw(&self) {
-        // A link that is gone has no guest that could be thawed.
-        let _ = self.asks.send(Ask::Thaw).await;
+    /// Lets the users' processes go on in the same epoch, as soon as the guest runs.
+    pub(crate) fn thaw(&self) {
+        self.thaw.ask();
     }
 
     /// Asks the guest to power itself off; whether there is somebody to hear it.

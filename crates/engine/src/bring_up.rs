@@ -33,8 +33,13 @@ impl Engine {
         let metadata = self.end_vmm(slot, metadata, Durability::Renamed).await?;
         let dir = self.dir(&slot.id);
         if disks::are_written(&metadata.spec) {
-            let (dir, spec) = (dir.clone(), metadata.spec.clone());
-            self.with_files(move |_| disks::make_own(&dir, &spec)).await?;
+            let (id, dir, spec) = (slot.id, dir.clone(), metadata.spec.clone());
+            self.with_files(move |store| {
+                // A standby that a power loss has interrupted left the guest's memory.
+                store.discard_snapshot(&id)?;
+                disks::make_own(&dir, &spec)
+            })
+            .await?;
         }
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
         let _permit = self.turn_to_bring_up().await;
@@ -297,8 +302,14 @@ impl Engine {
             ..metadata
         };
         let record = metadata.clone();
-        self.on_disk(move |store| store.write(&record, durability))
-            .await?;
+        let written = self.on_disk(move |store| store.write(&record, durability)).await;
+        if let Err(failed) = written {
+            // Where only a sync failed, the record names no VMM any more, and there must be none.
+            if !self.read(&slot.id).is_ok_and(|found| found.vmm.is_none()) {
+                return Err(failed);
+            }
+            tracing::error!(instance = %slot.id, error = error_chain(&failed), "its record may not survive a power loss");
+        }
         self.stop_vmm(slot, &metadata).await?;
         Ok(metadata)
     }

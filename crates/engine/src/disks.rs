@@ -99,14 +99,27 @@ pub(crate) fn sync(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> 
 pub(crate) fn close(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
     for (disk, _) in written(spec) {
         let path = dir.disk(disk);
-        let file = File::open(&path).map_err(EngineError::io("read", &path))?;
+        let file = File::open(&path).map_err(unreadable(disk, &path))?;
         // The kernel tells once that something could not be written: asked again, it would say that all is well.
         if let Err(error) = file.sync_all() {
             tracing::error!(path = %path.display(), %error, "a disk could not be written down");
             return Err(EngineError::DiskLost(disk));
         }
+        if is_open(&path).map_err(unreadable(disk, &path))? {
+            return Err(EngineError::DiskLost(disk));
+        }
     }
-    check_closed(dir, spec)
+    Ok(())
+}
+
+/// A layer that is gone or damaged will never be what a snapshot goes with; any other error tells nothing about it.
+fn unreadable(disk: usize, path: &Path) -> impl FnOnce(io::Error) -> EngineError {
+    move |error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof => {
+            EngineError::DiskLost(disk)
+        }
+        _ => EngineError::io("read", path)(error),
+    }
 }
 
 /// That the disks are as their snapshot has them, as far as they tell: that their VMM has written down what it had in memory.

@@ -83,17 +83,21 @@ impl Engine {
             has_agent(slot, &metadata).then_some(false)
         };
         if let Err(failed) = self.write_snapshot(slot, &metadata, frozen, stopwatch).await {
-            if state == State::Running {
-                match self.resume_vm(slot, &metadata, stopwatch).await {
-                    Ok(()) => thaw(slot).await,
-                    Err(error) => {
-                        tracing::error!(instance = %slot.id, error = error_chain(&error), "a VM does not go on after a failed standby");
-                    }
-                }
+            if state == State::Running
+                && let Err(error) = self.resume_vm(slot, &metadata, stopwatch).await
+            {
+                tracing::error!(instance = %slot.id, error = error_chain(&error), "a VM does not go on after a failed standby");
             }
+            thaw(slot);
             return Err(failed);
         }
-        let metadata = self.end_vmm(slot, metadata, Durability::Synced).await?;
+        let metadata = match self.end_vmm(slot, metadata, Durability::Synced).await {
+            Ok(metadata) => metadata,
+            Err(failed) => {
+                thaw(slot);
+                return Err(failed);
+            }
+        };
         stopwatch.lap("stop");
         if disks::are_written(&metadata.spec) {
             self.finish_standby(slot.id, metadata.spec).await?;
@@ -142,7 +146,7 @@ impl Engine {
             self.pause_vm(slot, metadata, stopwatch).await
         };
         if let Err(failed) = paused.await {
-            thaw(slot).await;
+            thaw(slot);
             return Err(failed);
         }
         Ok(frozen)
@@ -270,10 +274,10 @@ fn has_agent(slot: &Slot, metadata: &Metadata) -> bool {
     metadata.spec.readiness == Readiness::Agent || link.is_some_and(AgentLink::was_heard)
 }
 
-/// Lets the users' processes go on in a guest that was to be snapshotted.
-async fn thaw(slot: &Slot) {
+/// Lets the users' processes go on in a guest that was to be snapshotted, when it runs; also where it does not go on now.
+fn thaw(slot: &Slot) {
     if let Some(link) = slot.vmm().as_ref().and_then(|running| running.agent.as_ref()) {
-        link.thaw().await;
+        link.thaw();
     }
 }
 

@@ -17,7 +17,7 @@ pub const VM_BOOT: &str = "/api/v1/vm.boot";
 pub const VM_SHUTDOWN: &str = "/api/v1/vm.shutdown";
 /// `PUT`: stops the vCPUs.
 pub const VM_PAUSE: &str = "/api/v1/vm.pause";
-/// Presses the power button of the machine; not the microVM's, which has none.
+/// `PUT`: presses the power button of the machine; not the microVM's, which has none.
 pub const VM_POWER_BUTTON: &str = "/api/v1/vm.power-button";
 /// `PUT`: lets the vCPUs go on.
 pub const VM_RESUME: &str = "/api/v1/vm.resume";

@@ -203,6 +203,7 @@ fn promote_and_demote_change_what_a_template_has_and_nothing_else() {
             hot_pages_path: None,
             armed: None,
             vmm: None,
+            delete_after: false,
             ..template
         }
     );

@@ -39,7 +39,6 @@ pub(super) enum Ask {
         signal: u8,
     },
     Freeze(oneshot::Sender<Result<(), String>>),
-    Thaw,
     PowerOff,
 }
 

@@ -1,7 +1,7 @@
 //! What is said to an agent, and what is heard: frames and questions go in, bytes to send and the agent's state come out.
 //! It does no I/O, and waits for nobody.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -47,7 +47,8 @@ pub(super) struct Conversation {
     /// It was told the epoch together with the greeting.
     told_at_once: bool,
     sessions: HashMap<SessionId, Session>,
-    freezing: Option<oneshot::Sender<Result<(), String>>>,
+    /// Who waits for the answers to freezes, in the order in which they were asked for. Some may have gone on without.
+    freezing: VecDeque<oneshot::Sender<Result<(), String>>>,
     /// To be sent.
     pub(super) unsent: Vec<u8>,
 }
@@ -62,7 +63,7 @@ impl Conversation {
             greeted: false,
             told_at_once: false,
             sessions: HashMap::new(),
-            freezing: None,
+            freezing: VecDeque::new(),
             unsent: Vec::new(),
         };
         conversation.greet();
@@ -177,7 +178,8 @@ impl Conversation {
         EpochId(*self.identity.epoch.as_bytes())
     }
 
-    fn tell_epoch(&mut self) {
+    /// Tells the guest who it is; its users' processes go on with that.
+    pub(super) fn tell_epoch(&mut self) {
         let mut entropy = [0; 64];
         // So many bytes come whole (getrandom(2)).
         if let Err(error) = getrandom(&mut entropy, GetRandomFlags::empty()) {
@@ -195,7 +197,7 @@ impl Conversation {
     }
 
     fn frozen(&mut self, result: Result<(), String>) {
-        if let Some(freezing) = self.freezing.take() {
+        if let Some(freezing) = self.freezing.pop_front() {
             // Who asked may have gone on without it.
             let _ = freezing.send(result);
         }
@@ -292,11 +294,12 @@ impl Conversation {
             Ask::StdinClosed { session } => self.say_of(session, &ToGuest::StdinClosed { session }),
             Ask::Resize { session, size } => self.say_of(session, &ToGuest::Resize { session, size }),
             Ask::Signal { session, signal } => self.say_of(session, &ToGuest::Signal { session, signal }),
+            // Nobody would thaw it.
+            Ask::Freeze(done) if done.is_closed() => {}
             Ask::Freeze(done) => {
-                self.freezing = Some(done);
+                self.freezing.push_back(done);
                 self.say(&ToGuest::Freeze);
             }
-            Ask::Thaw => self.tell_epoch(),
             Ask::PowerOff => self.say(&ToGuest::PowerOff),
         }
     }
@@ -345,7 +348,7 @@ impl Conversation {
         for (_, session) in self.sessions.drain() {
             session.end(Err(why.to_owned()));
         }
-        self.freezing = None;
+        self.freezing.clear();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The task of one link: connects to the agent, moves bytes, and connects again, for as long as the VMM lives.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -49,6 +50,25 @@ pub(super) struct Link {
     pub(super) left: mpsc::UnboundedReceiver<SessionId>,
     pub(super) sees: watch::Sender<Seen>,
     pub(super) hurry: Arc<Notify>,
+    pub(super) thaw: Arc<Thaw>,
+}
+
+/// That a guest's users' processes are to go on. Who asks for it never waits: what is asked for later is done later.
+#[derive(Debug, Default)]
+pub(super) struct Thaw {
+    is_wanted: AtomicBool,
+    told: Notify,
+}
+
+impl Thaw {
+    pub(super) fn ask(&self) {
+        self.is_wanted.store(true, Ordering::Release);
+        self.told.notify_one();
+    }
+
+    fn take(&self) -> bool {
+        self.is_wanted.swap(false, Ordering::AcqRel)
+    }
 }
 
 /// Why a conversation ended.
@@ -114,6 +134,8 @@ impl Link {
     /// Talks until the stream ends; whether the guest was heard.
     async fn converse(&mut self, stream: UnixStream) -> bool {
         let identity = self.identity.clone();
+        // By the greeting a guest that stands still is told its epoch in any case.
+        self.thaw.take();
         let mut conversation = if std::mem::take(&mut self.is_new) {
             Conversation::with_new_guest(identity)
         } else {
@@ -169,7 +191,15 @@ impl Link {
                     Ok(written) => drop(conversation.unsent.drain(..written)),
                     Err(error) => return Ended::Broken(error),
                 },
-                Some(ask) = self.asked.recv(), if unsent < MUCH_UNSENT => conversation.ask(ask),
+                Some(ask) = self.asked.recv(), if unsent < MUCH_UNSENT => {
+                    if self.thaw.take() {
+                        conversation.tell_epoch();
+                    }
+                    conversation.ask(ask);
+                }
+                () = self.thaw.told.notified() => if self.thaw.take() {
+                    conversation.tell_epoch();
+                },
                 Some(session) = self.left.recv() => conversation.abandon(session),
             }
             self.see(conversation.state().clone());

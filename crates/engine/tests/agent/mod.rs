@@ -310,6 +310,32 @@ async fn a_running_source_whose_agent_does_not_stop_its_processes_is_not_forked_
 }
 
 #[tokio::test]
+async fn an_agent_that_stops_its_processes_late_has_not_stopped_them_for_the_next_fork() {
+    let (house, mut guests) = house().await;
+    house.running("web").await;
+    let mut guest = Guest::ready(&mut guests).await;
+    agent_is(&house, "web", |agent| *agent == AgentState::Ready).await;
+    let fork = || {
+        let engine = house.engine.clone();
+        let request = ForkRequest {
+            from_running: true,
+            ..ForkRequest::default()
+        };
+        tokio::spawn(async move { engine.fork("web", None, request).await })
+    };
+    // Nobody answers, until nobody waits.
+    not_frozen(fork().await.unwrap().unwrap_err());
+    assert_eq!(guest.hear().await, ToGuest::Freeze);
+    assert!(matches!(guest.hear().await, ToGuest::Epoch(_)));
+    let next = fork();
+    assert_eq!(guest.hear().await, ToGuest::Freeze);
+    guest.say(ToHost::Frozen).await;
+    let why = "they were let go on before".to_owned();
+    guest.say(ToHost::FreezeFailed { why }).await;
+    not_frozen(next.await.unwrap().unwrap_err());
+}
+
+#[tokio::test]
 async fn a_template_of_an_earlier_version_whose_guest_has_an_agent_has_no_forks() {
     let (house, mut guests) = house().await;
     template(&house, &mut guests, "warm").await;

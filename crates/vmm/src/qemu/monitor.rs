@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -22,12 +23,17 @@ use crate::{Call, MAX_REPLY_BYTES, VmmError};
 /// What an open file is called in QEMU after it was handed over.
 const HANDED_OVER: &str = "state";
 
+/// Tells this server's commands apart; its process id goes before it.
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// An open conversation; dropping it closes the connection, and QEMU then accepts the next one.
 #[derive(Debug)]
 pub(super) struct Monitor {
     call: Call,
     until: Instant,
     stream: BufReader<UnixStream>,
+    /// The id of the command that opened it.
+    opening: u64,
     /// There when the greeting and the reply to what opened the conversation have been read.
     version: Option<String>,
 }
@@ -57,6 +63,8 @@ pub(super) enum RunState {
 /// One line from QEMU: one of its fields is there.
 #[derive(Debug, Deserialize)]
 struct Line {
+    /// Of the command that a reply is to; not there where QEMU could not read the command.
+    id: Option<u64>,
     #[serde(rename = "return")]
     answer: Option<Value>,
     error: Option<Refusal>,
@@ -113,9 +121,10 @@ impl Monitor {
             call,
             until,
             stream: BufReader::new(stream),
+            opening: 0,
             version: None,
         };
-        monitor.send("qmp_capabilities", &json!({}), None).await?;
+        monitor.opening = monitor.send("qmp_capabilities", &json!({}), None).await?;
         Ok(monitor)
     }
 
@@ -131,12 +140,12 @@ impl Monitor {
                     ..
                 } => break greeting,
                 // Of something that happened while QEMU took the connection, which still has the last one's rights then.
-                Line { event: Some(_), .. } => {}
+                Line { event: Some(_), .. } | Line { id: Some(_), .. } => {}
                 _ => return Err(self.unexpected("a greeting")),
             }
         };
         let Version { major, minor, micro } = greeting.version.qemu;
-        self.reply("qmp_capabilities").await?;
+        self.reply("qmp_capabilities", self.opening).await?;
         let version = format!("{major}.{minor}.{micro}");
         self.version = Some(version.clone());
         Ok(version)
@@ -234,31 +243,34 @@ impl Monitor {
         arguments: &Value,
         file: Option<BorrowedFd<'_>>,
     ) -> Result<Value, VmmError> {
-        self.send(command, arguments, file).await?;
+        let id = self.send(command, arguments, file).await?;
         // It is in what comes before this command's reply, the first time.
         self.version().await?;
-        self.reply(command).await
+        self.reply(command, id).await
     }
 
+    /// Sends a command; the id that its reply will have.
     async fn send(
         &mut self,
         command: &str,
         arguments: &Value,
         file: Option<BorrowedFd<'_>>,
-    ) -> Result<(), VmmError> {
-        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+    ) -> Result<u64, VmmError> {
+        let id = u64::from(std::process::id()) << 32 | NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let mut request = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         request.push('\n');
         let sent = timeout_at(self.until, send(self.stream.get_mut(), request.as_bytes(), file)).await;
         match sent {
-            Ok(sent) => sent.map_err(|source| self.hung_up(source)),
+            Ok(sent) => sent.map(|()| id).map_err(|source| self.hung_up(source)),
             Err(_elapsed) => Err(self.too_late()),
         }
     }
 
-    /// The next reply, which is that to `command`.
-    async fn reply(&mut self, command: &str) -> Result<Value, VmmError> {
+    /// The reply to `command`, which was sent with this id. One to a command of a conversation that was given up may come before.
+    async fn reply(&mut self, command: &str, id: u64) -> Result<Value, VmmError> {
         loop {
             match self.line().await? {
+                Line { id: Some(other), .. } if other != id => {}
                 Line {
                     answer: Some(answer), ..
                 } => return Ok(answer),

@@ -14,6 +14,9 @@ const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2,
 const DONE: &str = r#"{"return": {}}"#;
 const EVENT: &str = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#;
 
+/// The reply to a command of a conversation before.
+const LATE: &str = r#"{"return": {"status": "postmigrate"}, "id": 7}"#;
+
 /// What the other side does for its next line.
 enum Turn {
     Says(String),
@@ -39,8 +42,10 @@ fn flood(bytes: &str) -> Turn {
 fn greeted(mut then: Vec<Turn>) -> Vec<Turn> {
     let mut turns = vec![
         says(EVENT),
+        says(LATE),
         says(GREETING),
         Listens,
+        says(LATE),
         says(EVENT),
         says(DONE),
         Listens,
