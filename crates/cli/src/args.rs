@@ -59,7 +59,7 @@ pub(crate) enum ClientCommand {
     Show(One),
     /// Boot an instance that is down
     Start(One),
-    /// End its VM; on standby, throw its snapshot away
+    /// End its VM, after its guest was asked to power off; on standby, throw its snapshot away
     Stop(One),
     /// Stop its vCPUs
     Pause(One),
