@@ -113,9 +113,10 @@ async fn what_it_says_of_its_vm_becomes_a_phase() {
 #[tokio::test]
 async fn what_is_not_the_protocol_is_an_error_that_says_so() {
     for turns in [
-        vec![says("220 mail.example.org ESMTP")],
-        vec![says(DONE)],
-        vec![says(r#"{"QMP": {"version": "new"}}"#)],
+        // One that goes away at once may be gone before anything is asked of it.
+        vec![says("220 mail.example.org ESMTP"), Stalls],
+        vec![says(DONE), Stalls],
+        vec![says(r#"{"QMP": {"version": "new"}}"#), Stalls],
         greeted(vec![says("[]")]),
         greeted(vec![says("{}")]),
         greeted(vec![says(r#"{"return": 5}"#)]),
