@@ -31,6 +31,13 @@ pub(crate) const DEL_PREFIX: &str = ".del-";
 /// The prefix of a file that is being written, before it takes its name.
 pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
 
+/// Whether a directory of this name among the instances or images is one that is being made or removed, and that a
+/// server which starts finds only after a crash.
+#[must_use]
+pub fn is_leftover_name(name: &str) -> bool {
+    name.starts_with(NEW_PREFIX) || name.starts_with(DEL_PREFIX)
+}
+
 /// The data directory of one server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataDir(PathBuf);

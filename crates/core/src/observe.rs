@@ -56,6 +56,11 @@ pub enum VmmFacts {
         /// How, as part of a sentence: "killed by signal 9 (SIGKILL)".
         reason: String,
     },
+    /// One is recorded, and its process works in another directory: this record is a copy, and the VMM is the original's.
+    Elsewhere {
+        /// The process.
+        pid: u32,
+    },
     /// Its process lives, and does not answer.
     Silent {
         /// What was tried and what came of it, as part of a sentence.
@@ -99,13 +104,10 @@ impl Observed {
 pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> Observed {
     match vmm {
         VmmFacts::None => asleep(metadata, snapshot),
-        VmmFacts::Ended { reason } => {
-            let ended = format!("its VMM ended: {reason}");
-            let Observed { state, error } = asleep(metadata, snapshot);
-            Observed {
-                state,
-                error: Some(error.map_or(ended.clone(), |error| format!("{error}; {ended}"))),
-            }
+        VmmFacts::Ended { reason } => without_vmm(metadata, snapshot, format!("its VMM ended: {reason}")),
+        VmmFacts::Elsewhere { pid } => {
+            let why = format!("its VMM, process {pid}, belongs to the data directory that this one is a copy of");
+            without_vmm(metadata, snapshot, why)
         }
         VmmFacts::Silent { reason } => Observed::unknown(format!("its VMM does not answer: {reason}")),
         // No operation leads here. Were it shown as Running, a standby could overwrite memory that forks rely on.
@@ -126,6 +128,18 @@ pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> 
                 error: failed.map(|end| format!("its guest ended: {}", end.reason)),
             }
         }
+    }
+}
+
+/// The state of an instance that has no VMM, although its record names one.
+fn without_vmm(metadata: &Metadata, snapshot: &SnapshotFacts, why: String) -> Observed {
+    let Observed { state, error } = asleep(metadata, snapshot);
+    Observed {
+        state,
+        error: Some(match error {
+            Some(error) => format!("{error}; {why}"),
+            None => why,
+        }),
     }
 }
 

@@ -1,10 +1,11 @@
 //! Deleting an instance.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use stencil_core::rules::{self, Decision, Operation};
-use stencil_core::{Durability, Metadata, State, StoreError, error_chain};
-use stencil_vmm::stray_processes;
+use stencil_core::{Durability, InstanceId, Metadata, State, StoreError, error_chain};
+use stencil_vmm::{StrayProcess, stray_processes};
 
 use crate::registry::{Reservation, Slot};
 use crate::{Engine, EngineError};
@@ -49,8 +50,9 @@ impl Engine {
         &self,
         slot: &Arc<Slot>,
     ) -> Result<Option<Reservation>, EngineError> {
+        let id = slot.id;
         self.disarm(slot).await;
-        let record = self.read(&slot.id);
+        let record = self.read(&id);
         // Where the record tells the VMM, its end is proved. Else only the host knows it, and asking the host costs a look
         // at each of its processes.
         let only_host_knows = record.is_err() || self.inner.registry.may_have_lost_vmm(slot);
@@ -67,14 +69,20 @@ impl Engine {
         }
         slot.set_vmm(None);
         if only_host_knows {
-            let dir = self.dir(&slot.id);
-            let strays = self.on_disk(move |_| Ok(stray_processes(dir.path()))).await?;
-            for process in strays {
-                self.end_stray(&process).await;
+            let dir = self.dir(&id);
+            let strays = self.with_files(move |_| strays_below(&id, dir.path())).await?;
+            for stray in &strays {
+                self.end_stray(stray)
+                    .await
+                    .map_err(|error| EngineError::vmm(id)(error.into()))?;
             }
         }
-        let id = slot.id;
         self.on_disk(move |store| store.remove(&id)).await?;
         Ok(self.inner.registry.remove(slot))
     }
+}
+
+/// The VMMs that work in an instance's directory. Nobody knows whether there are any where they cannot be looked for.
+fn strays_below(id: &InstanceId, dir: &Path) -> Result<Vec<StrayProcess>, EngineError> {
+    stray_processes(dir).map_err(|error| EngineError::vmm(*id)(error.into()))
 }

@@ -213,7 +213,7 @@ impl Engine {
         prefix: Option<&InstanceName>,
         count: u32,
     ) -> Result<Vec<Reservation>, EngineError> {
-        let prefix = match prefix.or(source.name.as_ref()) {
+        let prefix = match prefix.or(source.name()) {
             Some(name) => name.to_string(),
             None => source.id.to_string(),
         };

@@ -17,6 +17,16 @@ pub(crate) enum Holder {
     Reserved,
 }
 
+impl Holder {
+    /// The instance that has it, once that is made.
+    pub(crate) fn instance(self) -> Option<InstanceId> {
+        match self {
+            Self::Instance(id) => Some(id),
+            Self::Reserved => None,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     holders: HashMap<InstanceName, Holder>,

@@ -3,10 +3,11 @@
 use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
 use stencil_core::{
-    Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, error_chain,
+    Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, VmmRecord,
+    error_chain,
 };
 
-use stencil_vmm::{Accelerator, Exit, PageCounters};
+use stencil_vmm::{Accelerator, Attached, Exit, PageCounters, VmmProcess};
 
 use crate::agent::AgentState;
 use crate::registry::Slot;
@@ -33,10 +34,13 @@ impl Engine {
     /// Metadata, snapshot and VMM of an instance, and the state that follows from them.
     pub(crate) async fn observe(&self, slot: &Slot) -> Result<Seen, EngineError> {
         let metadata = self.read(&slot.id)?;
+        self.mend(slot, &metadata)?;
         let vmm = self.vmm_facts(slot, &metadata).await;
         // A VMM that is up decides alone; the snapshot is then not looked at.
         let snapshot = match vmm {
-            VmmFacts::None | VmmFacts::Ended { .. } => self.inner.store.snapshot(&slot.id),
+            VmmFacts::None | VmmFacts::Ended { .. } | VmmFacts::Elsewhere { .. } => {
+                self.inner.store.snapshot(&slot.id)
+            }
             VmmFacts::Up { .. } | VmmFacts::Silent { .. } => SnapshotFacts::Absent,
         };
         let observed = stencil_core::observe::derive(&metadata, &snapshot, &vmm);
@@ -56,11 +60,7 @@ impl Engine {
             .vmm()
             .filter(|running| *running.process.identity() == record.process);
         let Some(running) = running else {
-            return self.ended(
-                slot,
-                metadata,
-                format!("process {pid} is gone; it ended while no server watched it"),
-            );
+            return self.unwatched(slot, metadata, record);
         };
         let ended = |exit| self.ended(slot, metadata, format!("process {pid} {exit}"));
         let hypervisor = self.hypervisor(&metadata.spec.hypervisor);
@@ -95,6 +95,27 @@ impl Engine {
                 None => VmmFacts::Silent {
                     reason: format!("process {pid} does not answer: {}", error_chain(&error)),
                 },
+            },
+        }
+    }
+
+    /// What can be told of a recorded VMM that this server does not watch.
+    fn unwatched(&self, slot: &Slot, metadata: &Metadata, record: &VmmRecord) -> VmmFacts {
+        let pid = record.process.pid;
+        match VmmProcess::attach_in(&record.process, self.dir(&slot.id).path()) {
+            Ok(Attached::Gone) => self.ended(
+                slot,
+                metadata,
+                format!("process {pid} is gone; it ended while no server watched it"),
+            ),
+            Ok(Attached::Elsewhere) => VmmFacts::Elsewhere { pid },
+            Ok(Attached::Here(_)) => VmmFacts::Silent {
+                reason: format!(
+                    "process {pid} runs, and this server does not watch it; start the server again"
+                ),
+            },
+            Err(error) => VmmFacts::Silent {
+                reason: format!("cannot tell whether process {pid} runs: {}", error_chain(&error)),
             },
         }
     }
@@ -173,7 +194,7 @@ impl Engine {
             .await;
         let of_template = |slot: &Slot, instance: &Instance| match &instance.metadata {
             Some(metadata) => metadata.fork_of_template == template,
-            None => slot.fork_of_template == template,
+            None => slot.fork_of_template() == template,
         };
         Ok(shown
             .into_iter()
@@ -224,6 +245,11 @@ impl Engine {
             Err(EngineError::Store(StoreError::Unreadable { source, .. })) => {
                 instance.state_error = Some(format!("its metadata cannot be read: {}", error_chain(&source)));
             }
+            Err(conflict @ EngineError::NameConflict { .. }) => {
+                instance.state_error = Some(format!(
+                    "its metadata could not be read before, and now {conflict}"
+                ));
+            }
             Err(error) => return Err(error),
         }
         Ok(instance)
@@ -268,7 +294,7 @@ fn agent_state(slot: &Slot) -> Option<AgentState> {
 fn unseen(slot: &Slot) -> Instance {
     Instance {
         id: slot.id,
-        name: slot.name.clone(),
+        name: slot.name().cloned(),
         metadata: None,
         state: State::Unknown,
         state_error: None,

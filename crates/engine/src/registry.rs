@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use stencil_core::rules::LiveFork;
 use stencil_core::{InstanceId, InstanceName, Metadata};
@@ -22,6 +22,8 @@ use crate::{EngineError, Timings};
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     index: Mutex<Index>,
+    /// Taken by who finds that a record can be read that could not be read before.
+    mending: Mutex<()>,
     /// A VMM could not be ended, or nobody knows whether it runs: only the host's processes tell where one is left.
     lost_a_vmm: AtomicBool,
 }
@@ -42,16 +44,21 @@ impl Index {
     fn by_id(&self, text: &str) -> Option<&Arc<Slot>> {
         self.slots.get(&text.parse().ok()?)
     }
+
+    fn know(&mut self, id: InstanceId, known: &Known) {
+        self.names.give(known.name.clone(), Holder::Instance(id));
+        if let Some(template) = known.fork_of_template {
+            self.forks.entry(template).or_default().insert(id);
+        }
+    }
 }
 
 /// What belongs to one instance while the server runs.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) id: InstanceId,
-    /// Absent where its record could not be read.
-    pub(crate) name: Option<InstanceName>,
-    /// The template that it was forked of, which never changes.
-    pub(crate) fork_of_template: Option<InstanceId>,
+    /// What its record says and never changes; not set before that could be read.
+    known: OnceLock<Known>,
     /// Exclusive for operations that change the instance, shared while forks are taken from it.
     pub(crate) lock: Arc<RwLock<()>>,
     /// Told whenever an operation ended, the VMM's process did, or, while someone waits, a file of the instance changed.
@@ -63,6 +70,23 @@ pub(crate) struct Slot {
     runtime: Mutex<Runtime>,
 }
 
+/// What never changes of an instance.
+#[derive(Debug)]
+struct Known {
+    name: InstanceName,
+    /// The template that it was forked of.
+    fork_of_template: Option<InstanceId>,
+}
+
+impl Known {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            name: metadata.name.clone(),
+            fork_of_template: metadata.fork_of_template,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Runtime {
     vmm: Option<Arc<RunningVmm>>,
@@ -72,8 +96,7 @@ struct Runtime {
 impl Slot {
     pub(crate) fn of(metadata: &Metadata) -> Self {
         Self {
-            name: Some(metadata.name.clone()),
-            fork_of_template: metadata.fork_of_template,
+            known: OnceLock::from(Known::of(metadata)),
             ..Self::unread(metadata.id)
         }
     }
@@ -82,14 +105,23 @@ impl Slot {
     pub(crate) fn unread(id: InstanceId) -> Self {
         Self {
             id,
-            name: None,
-            fork_of_template: None,
+            known: OnceLock::new(),
             lock: Arc::default(),
             changed: watch::Sender::new(()),
             hot_list: Arc::default(),
             pool: Pool::default(),
             runtime: Mutex::default(),
         }
+    }
+
+    /// Absent as long as its record could not be read.
+    pub(crate) fn name(&self) -> Option<&InstanceName> {
+        self.known.get().map(|known| &known.name)
+    }
+
+    /// The template that it was forked of, where that is known.
+    pub(crate) fn fork_of_template(&self) -> Option<InstanceId> {
+        self.known.get()?.fork_of_template
     }
 
     pub(crate) fn vmm(&self) -> Option<Arc<RunningVmm>> {
@@ -130,15 +162,48 @@ impl Registry {
     pub(crate) fn add(&self, slot: Slot) -> Arc<Slot> {
         let slot = Arc::new(slot);
         let mut index = self.index();
-        match &slot.name {
-            Some(name) => index.names.give(name.clone(), Holder::Instance(slot.id)),
+        match slot.known.get() {
+            Some(known) => index.know(slot.id, known),
             None => drop(index.unread.insert(slot.id)),
-        }
-        if let Some(template) = slot.fork_of_template {
-            index.forks.entry(template).or_default().insert(slot.id);
         }
         index.slots.insert(slot.id, Arc::clone(&slot));
         slot
+    }
+
+    /// The record of an instance could be read after all. `take_up` does what is to be done before the instance counts as
+    /// known; it is called once, whoever sees the record first.
+    ///
+    /// # Errors
+    /// [`EngineError::NameConflict`] when another instance has got the name meanwhile: the instance stays unread.
+    pub(crate) fn mend(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        take_up: impl FnOnce(Arc<Slot>),
+    ) -> Result<(), EngineError> {
+        // Nothing panics while it holds this lock.
+        let _turn = self.mending.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.name().is_some() {
+            return Ok(());
+        }
+        let Some(slot) = self.index().slots.get(&slot.id).cloned() else {
+            return Err(EngineError::NotFound(slot.id.to_string()));
+        };
+        let holder = self.index().names.holder(&metadata.name);
+        if let Some(holder) = holder {
+            return Err(EngineError::NameConflict {
+                name: metadata.name.to_string(),
+                holder: holder.instance(),
+            });
+        }
+        take_up(Arc::clone(&slot));
+        let known = Known::of(metadata);
+        let mut index = self.index();
+        index.unread.remove(&slot.id);
+        index.know(slot.id, &known);
+        // It is set nowhere else, and this has the turn.
+        let _ = slot.known.set(known);
+        Ok(())
     }
 
     /// The instance is gone. Its name, if it has one, is free when the reservation is dropped.
@@ -146,10 +211,10 @@ impl Registry {
         let mut index = self.index();
         index.slots.remove(&slot.id);
         index.unread.remove(&slot.id);
-        if let Some(name) = &slot.name {
+        if let Some(name) = slot.name() {
             index.names.give(name.clone(), Holder::Reserved);
         }
-        if let Some(template) = slot.fork_of_template
+        if let Some(template) = slot.fork_of_template()
             && let Some(forks) = index.forks.get_mut(&template)
         {
             forks.remove(&slot.id);
@@ -158,7 +223,7 @@ impl Registry {
             }
         }
         slot.tell();
-        slot.name.clone().map(|name| Reservation {
+        slot.name().cloned().map(|name| Reservation {
             registry: Arc::clone(self),
             name: Some(name),
         })
@@ -178,7 +243,7 @@ impl Registry {
         }
         let forks = index.forks.get(template).into_iter().flatten();
         let live_fork = |id: &InstanceId| {
-            let name = index.slots.get(id)?.name.clone()?;
+            let name = index.slots.get(id)?.name()?.clone();
             Some(LiveFork { id: *id, name })
         };
         Some(forks.filter_map(live_fork).collect())
@@ -211,7 +276,7 @@ impl Registry {
 
     /// Whether the instance may have a VMM that its slot does not have.
     pub(crate) fn may_have_lost_vmm(&self, slot: &Slot) -> bool {
-        slot.name.is_none() || self.has_lost_a_vmm()
+        slot.name().is_none() || self.has_lost_a_vmm()
     }
 
     /// The instance that `reference` means: an id, an exact name, or a prefix that only one id has; in this order.

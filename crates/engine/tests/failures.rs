@@ -10,6 +10,7 @@ mod hostile;
 mod hot_pages;
 mod images;
 mod index;
+mod owners;
 mod power;
 mod scripted;
 

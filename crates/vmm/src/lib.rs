@@ -58,5 +58,7 @@ pub use error::VmmError;
 pub use hypervisor::{Capabilities, HotPages, Hypervisor, PageCounters, Restore, Restored, Start, VmStatus};
 pub use kvm::{KvmError, KvmKind, probe_kvm};
 pub use microvm::MicroVm;
-pub use process::{Exit, KillGuard, MemoryUse, ProcessError, VmmProcess, stray_processes};
+pub use process::{
+    Attached, Exit, KillGuard, MemoryUse, ProcessError, StrayProcess, VmmProcess, stray_processes,
+};
 pub use qemu::{Accelerator, Qemu};

@@ -14,6 +14,7 @@ mod terminal;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -30,7 +31,7 @@ pub use exit::Exit;
 pub use memory::MemoryUse;
 pub(crate) use spawn::{Launch, Listens, Session, Streams, append_to, remove_socket, spawn, spawn_watched};
 pub(crate) use stray::processes_below;
-pub use stray::stray_processes;
+pub use stray::{StrayProcess, stray_processes};
 
 /// How long a VMM has after SIGTERM. Its teardown takes some 25 ms for KVM's part, and longer for much memory.
 const AFTER_SIGTERM: Duration = Duration::from_secs(3);
@@ -96,6 +97,17 @@ pub enum ProcessError {
     },
 }
 
+/// What became of a process that was recorded in an instance's directory.
+#[derive(Debug)]
+pub enum Attached {
+    /// It lives, and that directory is its working directory.
+    Here(VmmProcess),
+    /// It lives and works in another directory: the record is a copy, and the process belongs to the original.
+    Elsewhere,
+    /// It ended, the host was booted again, or its pid is somebody else's now.
+    Gone,
+}
+
 /// A VMM's process. Clones mean the same process; dropping all of them leaves it alone.
 #[derive(Clone, Debug)]
 pub struct VmmProcess(Arc<Watched>);
@@ -132,6 +144,27 @@ impl VmmProcess {
         }
         let process = Self::watch(identity.clone(), pidfd, false)?;
         Ok(process.has_exited().is_none().then_some(process))
+    }
+
+    /// The same for a VMM that was recorded in the directory `dir`: a VMM belongs to the instance in whose directory it
+    /// works. A copy of that directory names the same process, and must never touch it.
+    ///
+    /// # Errors
+    /// Those of [`VmmProcess::attach`]; [`ProcessError::Read`] when a working directory cannot be read.
+    ///
+    /// # Panics
+    /// As [`VmmProcess::attach`].
+    pub fn attach_in(identity: &ProcessIdentity, dir: &Path) -> Result<Attached, ProcessError> {
+        let Some(process) = Self::attach(identity)? else {
+            return Ok(Attached::Gone);
+        };
+        let works_there = procfs::works_in(identity.pid, dir);
+        // Looked at after the reading: a process that lives now had the pid all along.
+        match (process.has_exited(), works_there?) {
+            (Some(_), _) | (None, None) => Ok(Attached::Gone),
+            (None, Some(true)) => Ok(Attached::Here(process)),
+            (None, Some(false)) => Ok(Attached::Elsewhere),
+        }
     }
 
     /// The process that has the pid now, which the caller has just heard of from itself. It need not be a child.

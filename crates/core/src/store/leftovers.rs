@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::layout::{DEL_PREFIX, InstanceDir, NEW_PREFIX, TEMPORARY_PREFIX};
+use crate::layout::{DEL_PREFIX, InstanceDir, TEMPORARY_PREFIX, is_leftover_name};
 use crate::store::error::StoreError;
 use crate::store::{Store, atomic, name_of};
 
@@ -55,7 +55,7 @@ impl Store {
         if name.starts_with(TEMPORARY_PREFIX) {
             return path.starts_with(self.data.instances());
         }
-        (name.starts_with(NEW_PREFIX) || name.starts_with(DEL_PREFIX))
+        is_leftover_name(name)
             && [self.data.instances(), self.data.images()]
                 .iter()
                 .any(|dir| path.parent() == Some(dir))

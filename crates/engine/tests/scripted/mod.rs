@@ -429,8 +429,9 @@ impl House {
     /// Process ids of all VMMs of this data directory.
     pub(crate) fn processes(&self) -> Vec<u32> {
         stray_processes(self.data.path())
+            .unwrap()
             .into_iter()
-            .map(|process| process.pid)
+            .map(|process| process.identity.pid)
             .collect()
     }
 
@@ -462,9 +463,9 @@ struct Vmms(PathBuf);
 
 impl Drop for Vmms {
     fn drop(&mut self) {
-        for process in stray_processes(&self.0) {
+        for process in stray_processes(&self.0).unwrap_or_default() {
             let _ = Command::new("kill")
-                .args(["-9", &process.pid.to_string()])
+                .args(["-9", &process.identity.pid.to_string()])
                 .status();
         }
     }

@@ -75,9 +75,13 @@ pub(super) async fn until_ended(dir: &InstanceDir) -> Result<(), VmmError> {
         return Ok(());
     }
     let path = dir.path().to_owned();
-    let found = tokio::task::spawn_blocking(move || processes_below(&path, is_pager)).await;
-    for identity in found.unwrap_or_default() {
-        if let Some(pager) = VmmProcess::attach(&identity)?
+    let found = match tokio::task::spawn_blocking(move || processes_below(&path, is_pager)).await {
+        Ok(found) => found?,
+        // The closure cannot be cancelled, so the join fails only by its panic, which goes on here.
+        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+    };
+    for pager in found {
+        if let Some(pager) = VmmProcess::attach(&pager.identity)?
             && pager.exited_within(AFTER_FAILURE).await.is_none()
         {
             pager.terminate().await?;

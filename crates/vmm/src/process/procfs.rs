@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use rustix::io::Errno;
 
@@ -29,6 +31,26 @@ pub(super) fn start_time(pid: u32) -> Result<Option<u64>, ProcessError> {
         },
         Err(error) if is_gone(&error) => Ok(None),
         Err(source) => Err(ProcessError::Read { path, source }),
+    }
+}
+
+/// Whether `dir` is the working directory of the process, whatever path leads there; `None` if the process is gone.
+pub(super) fn works_in(pid: u32, dir: &Path) -> Result<Option<bool>, ProcessError> {
+    let inode = |path: &Path| {
+        let metadata = fs::metadata(path)?;
+        Ok((metadata.dev(), metadata.ino()))
+    };
+    let read = |path: &Path, source: io::Error| ProcessError::Read {
+        path: path.display().to_string(),
+        source,
+    };
+    let cwd = format!("/proc/{pid}/cwd");
+    match inode(Path::new(&cwd)) {
+        Ok(works_in) => inode(dir)
+            .map(|dir| Some(dir == works_in))
+            .map_err(|source| read(dir, source)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(source) => Err(read(Path::new(&cwd), source)),
     }
 }
 

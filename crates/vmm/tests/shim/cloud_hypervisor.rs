@@ -241,10 +241,11 @@ async fn it_runs_in_a_session_of_its_own_and_in_its_instance_s_directory() {
     assert_eq!(session, Some(pid.to_string().as_str()));
     let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
     assert_eq!(cwd, fs::canonicalize(dir.path()).unwrap());
-    let strays = stencil_vmm::stray_processes(dir.path());
+    let strays = stencil_vmm::stray_processes(dir.path()).unwrap();
+    let identities: Vec<_> = strays.iter().map(|stray| &stray.identity).collect();
     assert_eq!(
-        strays,
-        [process.identity().clone()],
+        identities,
+        [process.identity()],
         "a server that was killed finds it"
     );
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use stencil_core::ProcessIdentity;
-use stencil_vmm::{Exit, Hypervisor, ProcessError, VmmError, VmmProcess, stray_processes};
+use stencil_vmm::{Attached, Exit, Hypervisor, ProcessError, VmmError, VmmProcess, stray_processes};
 
 use crate::directory::{Scratch, backend, spawn};
 
@@ -225,13 +225,41 @@ async fn strays_are_vmms_below_the_directory_and_no_others() {
     let mut stray = sleep(&instance, &["--api-socket", "fd=0"]);
     fs::rename(instance, scratch.path().join(".del-instance")).unwrap();
 
-    let found = stray_processes(scratch.path());
-    assert_eq!(found, [identity(stray.id())]);
-    let process = VmmProcess::attach(&found[0]).unwrap().expect("it lives");
+    let found = stray_processes(scratch.path()).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].identity, identity(stray.id()));
+    assert!(found[0].directory.ends_with(".del-instance"));
+    let process = VmmProcess::attach(&found[0].identity).unwrap().expect("it lives");
     process.terminate().await.unwrap();
     stray.wait().unwrap();
     for other in &mut others {
         other.kill().unwrap();
         other.wait().unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_vmm_belongs_to_the_directory_that_it_works_in_and_to_no_copy_of_it() {
+    let scratch = tempfile::tempdir().unwrap();
+    let [instance, copy] = ["instance", "copy"].map(|name| scratch.path().join(name));
+    fs::create_dir(&instance).unwrap();
+    fs::create_dir(&copy).unwrap();
+    let mut child = Command::new("sleep")
+        .arg("1000")
+        .current_dir(&instance)
+        .spawn()
+        .unwrap();
+    let identity = identity(child.id());
+    // A directory stays the same when it is renamed.
+    let renamed = scratch.path().join("renamed");
+    fs::rename(&instance, &renamed).unwrap();
+    let here = VmmProcess::attach_in(&identity, &renamed).unwrap();
+    assert!(matches!(here, Attached::Here(_)), "{here:?}");
+    let elsewhere = VmmProcess::attach_in(&identity, &copy).unwrap();
+    assert!(matches!(elsewhere, Attached::Elsewhere), "{elsewhere:?}");
+    VmmProcess::attach_in(&identity, &instance).expect_err("a directory that is gone is nobody's");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let gone = VmmProcess::attach_in(&identity, &renamed).unwrap();
+    assert!(matches!(gone, Attached::Gone), "{gone:?}");
 }

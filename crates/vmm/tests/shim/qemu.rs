@@ -191,7 +191,7 @@ async fn a_vm_lives_from_create_to_its_end() {
     for socket in [dir.vmm_socket(), dir.console_terminal(), dir.agent_socket()] {
         assert!(!socket.exists(), "{}", socket.display());
     }
-    assert_eq!(stray_processes(world.root.path()), []);
+    assert_eq!(stray_processes(world.root.path()).unwrap(), []);
 }
 
 #[tokio::test]
@@ -398,7 +398,7 @@ async fn a_damaged_snapshot_ends_the_vmm_and_leaves_no_process() {
         .await
         .unwrap_err();
     assert!(matches!(error, VmmError::Machine { .. }), "{error:?}");
-    assert_eq!(stray_processes(world.root.path()), []);
+    assert_eq!(stray_processes(world.root.path()).unwrap(), []);
 }
 
 #[tokio::test]

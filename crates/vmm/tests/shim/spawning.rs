@@ -115,7 +115,7 @@ async fn a_start_that_is_given_up_leaves_no_process() {
     tokio::time::timeout(Duration::from_secs(30), refused)
         .await
         .expect("the VMM is still there");
-    assert_eq!(stray_processes(scratch.path()), []);
+    assert_eq!(stray_processes(scratch.path()).unwrap(), []);
 }
 
 fn is_refused(dir: &InstanceDir) -> bool {
