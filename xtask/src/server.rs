@@ -81,6 +81,32 @@ impl Server {
         stencil: &Path,
         options: Vec<OsString>,
     ) -> Result<Self, ServerError> {
+        let mut server = Self::not_started(parent, stencil, options)?;
+        server.start_again()?;
+        Ok(server)
+    }
+
+    /// A second server, with the same options on a copy of this one's data directory.
+    pub(crate) fn start_on_copy(&self) -> Result<Self, ServerError> {
+        let mut server = Self::not_started(std::env::temp_dir(), &self.stencil, self.options.clone())?;
+        let failed = |source| ServerError::Io {
+            what: "copy",
+            path: self.data(),
+            source,
+        };
+        let copied = Command::new("cp")
+            .arg("-a")
+            .args([self.data(), server.data()])
+            .status()
+            .map_err(failed)?;
+        if !copied.success() {
+            return Err(failed(std::io::Error::other(format!("cp ended with {copied}"))));
+        }
+        server.start_again()?;
+        Ok(server)
+    }
+
+    fn not_started(parent: PathBuf, stencil: &Path, options: Vec<OsString>) -> Result<Self, ServerError> {
         let root = tempfile::Builder::new()
             .prefix("stencil-")
             .tempdir_in(&parent)
@@ -96,16 +122,14 @@ impl Server {
             let _ = std::fs::remove_dir_all(&path);
         });
         let log = Arc::new(Mutex::new(String::new()));
-        let mut server = Self {
+        Ok(Self {
             stencil: stencil.to_owned(),
             options,
             root,
             log,
             child: None,
             _undone: undone,
-        };
-        server.start_again()?;
-        Ok(server)
+        })
     }
 
     /// Starts the server on the directory that it had before.

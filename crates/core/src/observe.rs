@@ -106,7 +106,8 @@ pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> 
         VmmFacts::None => asleep(metadata, snapshot),
         VmmFacts::Ended { reason } => without_vmm(metadata, snapshot, format!("its VMM ended: {reason}")),
         VmmFacts::Elsewhere { pid } => {
-            let why = format!("its VMM, process {pid}, belongs to the data directory that this one is a copy of");
+            let why =
+                format!("its VMM, process {pid}, belongs to the data directory that this one is a copy of");
             without_vmm(metadata, snapshot, why)
         }
         VmmFacts::Silent { reason } => Observed::unknown(format!("its VMM does not answer: {reason}")),

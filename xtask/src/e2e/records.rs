@@ -14,6 +14,14 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "with unreadable metadata of one fork, demote and delete of the template fail and lose nothing",
         unreadable,
     ),
+    (
+        "a server that starts ends no VM whose record it cannot read",
+        unreadable_at_start,
+    ),
+    (
+        "a server on a copy of a data directory leaves the original's VMs alone",
+        copied_directory,
+    ),
     ("metadata of a later version are not touched", later_version),
     (
         "fields of the metadata that this version does not know are kept",
@@ -73,6 +81,50 @@ fn unreadable(world: &mut World) -> Result<(), Failure> {
     template.act("demote-template")?;
     template.act("restore")?;
     same("the template's counter", 2, template.count()?)
+}
+
+fn unreadable_at_start(world: &mut World) -> Result<(), Failure> {
+    let vm = world.running("keep")?;
+    let before = vm.count()?;
+    let pid = vm.pid()?;
+    let metadata = vm.dir().join("metadata.json");
+    let kept = fs::read(&metadata).map_err(Failure::file(&metadata))?;
+    for broken in ["{ this is no metadata", "", "{\"schema\": 99}"] {
+        fs::write(&metadata, broken).map_err(Failure::file(&metadata))?;
+        world.server.kill9()?;
+        world.server.start_again()?;
+        vm.is_in("Unknown")?;
+        fs::write(&metadata, &kept).map_err(Failure::file(&metadata))?;
+        vm.is_in("Running")?;
+        same("its process", pid, vm.pid()?)?;
+        vm.answers()?;
+    }
+    same("its guest's counter", before + 1, vm.count()?)?;
+    // What cannot be read can be deleted, and then its VM ends.
+    fs::write(&metadata, "").map_err(Failure::file(&metadata))?;
+    world.server.kill9()?;
+    world.server.start_again()?;
+    vm.delete()?;
+    world.is_empty()
+}
+
+fn copied_directory(world: &mut World) -> Result<(), Failure> {
+    let vm = world.running("keep")?;
+    let pid = vm.pid()?;
+    let second = world.server.start_on_copy()?;
+    let path = vm.path("");
+    let copy = answered(200, second.client().get(&path)?)?;
+    let why = copy["state_error"].as_str().unwrap_or_default();
+    holds(
+        copy["state"] == "Stopped" && why.contains("copy"),
+        "the copied instance",
+        "Stopped, because it is a copy",
+        &copy,
+    )?;
+    answered(204, second.client().delete(&path)?)?;
+    second.finish()?;
+    same("the original's process", pid, vm.pid()?)?;
+    vm.answers()
 }
 
 fn later_version(world: &mut World) -> Result<(), Failure> {
