@@ -186,6 +186,9 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// What the base is.
     pub format: DiskFormat,
+    /// The length of the base's file in bytes when the instance was made; absent in records of earlier versions. It must stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
     /// The guest cannot write: then there is no layer, and the VMM reads the base.
     #[serde(default)]
     pub read_only: bool,

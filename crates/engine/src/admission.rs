@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use stencil_core::rules::{ForkFrom, ForkPlan};
-use stencil_core::{DiskFormat, DiskSpec, MemoryMode, Readiness, State, VmSpec};
+use stencil_core::{DiskSpec, MemoryMode, Readiness, State, VmSpec};
 
+use crate::disk_image::Base;
+use crate::kernel::Kernel;
 use crate::limits::{Needs, Promise, Shortage};
 use crate::registry::Slot;
 use crate::{CreateRequest, DiskRequest, Engine, EngineError, disk_image, disks, kernel};
@@ -216,7 +218,7 @@ fn host_memory_bytes() -> u64 {
     info.totalram.saturating_mul(u64::from(info.mem_unit))
 }
 
-/// That what is booted is there, readable and of a kind that can be booted.
+/// That what is booted is there, readable and of a kind that can be booted, and fits the machine.
 pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
     let (field, path) = match (&spec.kernel, &spec.firmware) {
         (Some(kernel), None) => ("kernel", kernel),
@@ -227,22 +229,87 @@ pub(crate) fn check_boot_files(spec: &VmSpec) -> Result<(), EngineError> {
     if spec.firmware.is_some() && (spec.initrd.is_some() || !spec.cmdline.is_empty()) {
         return invalid("initrd and cmdline are a kernel's; firmware finds by itself what it boots");
     }
-    check_kernel(field, &open(field, path)?, path)?;
-    spec.initrd
-        .as_deref()
-        .map(|initrd| open("initrd", initrd))
-        .transpose()?;
-    for disk in &spec.disks {
-        let found = check_disk(&disk.path)?.0;
-        if found != disk.format {
+    let kernel = check_kernel(field, &open(field, path)?, path)?;
+    check_cmdline(&spec.cmdline, &kernel, path)?;
+    let initrd = match &spec.initrd {
+        Some(initrd) => Some((initrd, length(&open("initrd", initrd)?, "initrd", initrd)?)),
+        None => None,
+    };
+    let needed = kernel.end.saturating_add(initrd.map_or(0, |(_, bytes)| bytes));
+    if needed > spec.memory_bytes {
+        let with_initrd = initrd.map_or_else(String::new, |(initrd, bytes)| {
+            format!(" with initrd `{}`, which has {bytes} bytes", initrd.display())
+        });
+        return invalid(format!(
+            "memory is {} bytes; {field} `{}` takes at least {needed}{with_initrd}: give it more memory",
+            spec.memory_bytes,
+            path.display()
+        ));
+    }
+    check_bases(&spec.disks)
+}
+
+/// That the bases of an instance's disks are there, and what they were when the instance was made.
+pub(crate) fn check_bases(disks: &[DiskSpec]) -> Result<(), EngineError> {
+    for disk in disks {
+        let shown = disk.path.display();
+        let file = open("disk", &disk.path)?;
+        let wrong = |why| invalid(format!("disk `{shown}` {why}"));
+        // Only of a file whose length is not known, all has to be looked at.
+        let found = match disk.bytes {
+            Some(_) => disk_image::look_at(&file),
+            None => disk_image::check_base(&file),
+        };
+        let found = found.or_else(wrong)?;
+        let was = disk.bytes.unwrap_or(found.bytes);
+        if found.format != disk.format {
             return invalid(format!(
-                "disk `{}` is {found}, and was {} when the instance was made; put that file back",
-                disk.path.display(),
-                disk.format
+                "disk `{shown}` is {}, and was {} when the instance was made; put that file back",
+                found.format, disk.format
+            ));
+        }
+        if found.bytes != was {
+            return invalid(format!(
+                "disk `{shown}` has {} bytes, and had {was} when the instance was made; put that file back",
+                found.bytes
             ));
         }
     }
     Ok(())
+}
+
+/// That the kernel at `path` takes this command line.
+pub(crate) fn check_cmdline(cmdline: &str, kernel: &Kernel, path: &Path) -> Result<(), EngineError> {
+    let not_of_a_line = cmdline.bytes().position(|byte| matches!(byte, b'\n' | b'\r' | 0));
+    if let Some(place) = not_of_a_line {
+        let what = if cmdline.as_bytes()[place] == 0 {
+            "a NUL"
+        } else {
+            "a line break"
+        };
+        return invalid(format!(
+            "cmdline has {what} at byte {place}; a kernel takes one line of text"
+        ));
+    }
+    if cmdline.len() > kernel.longest_cmdline {
+        return invalid(format!(
+            "cmdline has {} bytes; kernel `{}` takes at most {}",
+            cmdline.len(),
+            path.display(),
+            kernel.longest_cmdline
+        ));
+    }
+    Ok(())
+}
+
+fn length(file: &File, field: &str, path: &Path) -> Result<u64, EngineError> {
+    match file.metadata() {
+        Ok(found) => Ok(found.len()),
+        Err(error) => invalid(format!(
+            "{field} `{}` cannot be read by the server: {error}",
+            path.display()
+        )),
+    }
 }
 
 /// The disks of its image, and then its own.
@@ -266,9 +333,11 @@ fn admit_disks(
     check_disk_count(disks.len())?;
     let disks = disks.iter().map(|disk| {
         utf8(&disk.path)?;
+        let base = check_disk(&disk.path)?;
         Ok(DiskSpec {
             path: disk.path.clone(),
-            format: check_disk(&disk.path)?.0,
+            format: base.format,
+            bytes: Some(base.bytes),
             read_only: disk.read_only,
         })
     });
@@ -284,13 +353,13 @@ pub(crate) fn check_disk_count(count: usize) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// That this file can be the base of a disk; what it is, and the disk's size in bytes.
-pub(crate) fn check_disk(path: &Path) -> Result<(DiskFormat, u64), EngineError> {
+/// That this file can be the base of a disk, and what it is.
+pub(crate) fn check_disk(path: &Path) -> Result<Base, EngineError> {
     check_disk_file(&open("disk", path)?, path)
 }
 
 /// The same of a file that the client knows as `path`.
-pub(crate) fn check_disk_file(file: &File, path: &Path) -> Result<(DiskFormat, u64), EngineError> {
+pub(crate) fn check_disk_file(file: &File, path: &Path) -> Result<Base, EngineError> {
     disk_image::check_base(file).or_else(|why| invalid(format!("disk `{}` {why}", path.display())))
 }
 
@@ -307,8 +376,8 @@ pub(crate) fn utf8(path: &Path) -> Result<&str, EngineError> {
     )
 }
 
-/// That this file, which the client knows as the `path` of a `field`, can be booted.
-pub(crate) fn check_kernel(field: &str, file: &File, path: &Path) -> Result<(), EngineError> {
+/// That this file, which the client knows as the `path` of a `field`, can be booted; what is known of it.
+pub(crate) fn check_kernel(field: &str, file: &File, path: &Path) -> Result<Kernel, EngineError> {
     kernel::check(file).or_else(|why| {
         invalid(format!(
             "{field} `{}` {why}; it takes an x86-64 ELF with a PVH note, or a bzImage",

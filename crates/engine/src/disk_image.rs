@@ -1,5 +1,7 @@
 //! Disk images: what a file is, told by its content, and layers that lie on another image.
 
+mod whole;
+
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -62,6 +64,18 @@ pub(crate) enum NoDisk {
     Encrypted,
     #[error("is a qcow2 image that was not closed; repair it with `qemu-img check -r all`")]
     NotClosed,
+    #[error(
+        "is a qcow2 image that is cut off: its {what} from byte {start} on ends at byte {end}, and the file has {length} bytes; \
+         take a whole copy of it"
+    )]
+    CutOff {
+        what: &'static str,
+        start: u64,
+        end: u64,
+        length: u64,
+    },
+    #[error("is a damaged qcow2 image: {0}; take a whole copy of it")]
+    Damaged(&'static str),
     #[error("is in use by a program that can write to it; end that first")]
     InUse,
     #[error("cannot be read by the server: {0}")]
@@ -114,16 +128,39 @@ impl Header {
     }
 }
 
-/// What an image is, and the size of its disk in bytes. It must be whole in this one file, and nobody may write to it.
-pub(crate) fn check_base(file: &File) -> Result<(DiskFormat, u64), NoDisk> {
-    let base = match Header::read(file)? {
+/// An image that can be the base of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Base {
+    pub(crate) format: DiskFormat,
+    /// The size of the disk, in bytes.
+    pub(crate) disk_bytes: u64,
+    /// The length of the file, in bytes.
+    pub(crate) bytes: u64,
+}
+
+/// What an image is. It must be whole in this one file, and nobody may write to it. All tables of a qcow2 image are read for that.
+pub(crate) fn check_base(file: &File) -> Result<Base, NoDisk> {
+    let base = look_at(file)?;
+    if let Some(header) = Header::read(file)? {
+        whole::check(file, &header)?;
+    }
+    Ok(base)
+}
+
+/// The same of an image that was found whole before, and still has the length that it had then.
+pub(crate) fn look_at(file: &File) -> Result<Base, NoDisk> {
+    let (format, disk_bytes) = match Header::read(file)? {
         Some(header) => (DiskFormat::Qcow2, check_qcow2(&header)?),
         None => (DiskFormat::Raw, check_raw(file)?),
     };
     if is_being_written(file)? {
         return Err(NoDisk::InUse);
     }
-    Ok(base)
+    Ok(Base {
+        format,
+        disk_bytes,
+        bytes: file.metadata()?.len(),
+    })
 }
 
 fn check_qcow2(header: &Header) -> Result<u64, NoDisk> {

@@ -22,9 +22,9 @@ use std::path::Path;
 
 use stencil_core::{DiskFormat, DiskSpec, Durability, InstanceDir, VmSpec};
 
-use crate::EngineError;
-use crate::admission::{check_disk, utf8};
+use crate::admission::{open, utf8};
 use crate::disk_image::{is_open, layer_size, make_layer};
+use crate::{EngineError, disk_image};
 
 /// Whether there are layers: disks that the guest writes, and that its memory goes with.
 pub(crate) fn are_written(spec: &VmSpec) -> bool {
@@ -34,8 +34,11 @@ pub(crate) fn are_written(spec: &VmSpec) -> bool {
 /// The first layers of a new instance, on its bases.
 pub(crate) fn make_first(dir: &InstanceDir, spec: &VmSpec) -> Result<(), EngineError> {
     for (disk, base) in written(spec) {
-        let size = check_disk(&base.path)?.1;
         let path = dir.disk(disk);
+        // It was found whole when the instance was admitted.
+        let size = disk_image::look_at(&open("disk", &base.path)?)
+            .map_err(|why| EngineError::Invalid(format!("disk `{}` {why}", base.path.display())))?
+            .disk_bytes;
         make_layer(&path, utf8(&base.path)?, base.format, size).map_err(EngineError::io("make", path))?;
     }
     Ok(())

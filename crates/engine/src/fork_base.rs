@@ -6,6 +6,7 @@ use stencil_core::rules::{self, ForkFrom, ForkPlan, Operation};
 use stencil_core::{MemoryMode, Metadata, SnapshotFacts, State};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
+use crate::admission::check_bases;
 use crate::bring_up::SnapshotSource;
 use crate::disks;
 use crate::instance::Stopwatch;
@@ -74,6 +75,10 @@ impl Engine {
         let plan = rules::fork(&seen.metadata, seen.state(), &request, MemoryMode::default())?;
         if let (ForkFrom::Snapshot, SnapshotFacts::Complete(manifest)) = (plan.from, &seen.snapshot) {
             rules::check_frozen(Operation::Fork, &seen.metadata, seen.state(), manifest.frozen)?;
+        }
+        if !seen.metadata.spec.disks.is_empty() {
+            let disks = seen.metadata.spec.disks.clone();
+            self.with_files(move |_| check_bases(&disks)).await?;
         }
         let armed = if is_armed_for(&plan) {
             source.pool.take(count)

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use stencil_core::{Image, ImageDir, ImageDisk, ImageName, NewImage, ScannedImage, Store};
 
-use crate::admission::{check_disk, check_disk_count, check_disk_file, check_kernel, open};
+use crate::admission::{check_cmdline, check_disk, check_disk_count, check_disk_file, check_kernel, open};
 use crate::lifecycle::detached;
 use crate::{Engine, EngineError, ImageRequest};
 
@@ -59,7 +59,8 @@ fn add(store: &Store, request: ImageRequest) -> Result<Image, EngineError> {
         disks,
         cmdline,
     } = request;
-    check_kernel("kernel", &open("kernel", &kernel)?, &kernel)?;
+    let found = check_kernel("kernel", &open("kernel", &kernel)?, &kernel)?;
+    check_cmdline(&cmdline, &found, &kernel)?;
     if let Some(initrd) = &initrd {
         open("initrd", initrd)?;
     }
@@ -87,7 +88,8 @@ fn add(store: &Store, request: ImageRequest) -> Result<Image, EngineError> {
     // The one that was taken: the other may be another one by now.
     let taken = new.dir().kernel();
     let taken = File::open(&taken).map_err(EngineError::io("read", &taken))?;
-    check_kernel("kernel", &taken, &kernel)?;
+    let found = check_kernel("kernel", &taken, &kernel)?;
+    check_cmdline(&image.cmdline, &found, &kernel)?;
     new.commit(&image)?;
     Ok(image)
 }
@@ -99,6 +101,6 @@ fn take_disk(new: &NewImage, number: usize, disk: &Path) -> Result<ImageDisk, En
     check_disk(disk)?;
     let taken = new.dir().disk(number);
     let taken = File::open(&taken).map_err(EngineError::io("read", &taken))?;
-    let (format, _) = check_disk_file(&taken, disk)?;
+    let format = check_disk_file(&taken, disk)?.format;
     Ok(ImageDisk { file, format })
 }

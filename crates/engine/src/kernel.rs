@@ -1,11 +1,13 @@
-//! Whether a file is a kernel that a VMM can boot: told before anything is started.
+//! Whether a file is a kernel that a VMM can boot, and what it needs: told before anything is started.
+
+mod bzimage;
 
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
 
 use elf::ElfStream;
-use elf::abi::{EM_X86_64, PT_NOTE};
+use elf::abi::{EM_X86_64, PT_LOAD, PT_NOTE};
 use elf::endian::LittleEndian;
 use elf::note::Note;
 
@@ -13,9 +15,16 @@ use elf::note::Note;
 const BZIMAGE_MAGIC: &[u8; 4] = b"HdrS";
 const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
 
-/// Owner and type of the note that names the PVH entry point (Xen, public/elfnote.h, `XEN_ELFNOTE_PHYS32_ENTRY`).
-const PVH_NOTE_NAME: &str = "Xen";
-const PVH_NOTE_TYPE: u64 = 18;
+/// Owner of the notes that Xen has defined, and their types (Xen, public/elfnote.h): `XEN_ELFNOTE_PHYS32_ENTRY` names the PVH entry
+/// point, `XEN_ELFNOTE_GUEST_OS` the system.
+const XEN: &str = "Xen";
+const PVH_TYPE: u64 = 18;
+const GUEST_OS_TYPE: u64 = 6;
+
+/// The longest command line of a Linux on x86, in bytes without the NUL (Linux, arch/x86/include/asm/setup.h, `COMMAND_LINE_SIZE`).
+const LINUX_CMDLINE: usize = 2047;
+/// The longest that every VMM takes, in bytes: the microVM and Cloud Hypervisor have 64 KiB for it, with the NUL.
+const VMM_CMDLINE: usize = 0xffff;
 
 /// Why a file cannot be booted; each reads on after the file's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,9 +39,20 @@ pub(crate) enum NoKernel {
     NoPvhNote,
 }
 
-pub(crate) fn check(file: &File) -> Result<(), NoKernel> {
+/// What is known of a kernel that can be booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kernel {
+    /// It is a Linux.
+    pub(crate) is_linux: bool,
+    /// The longest command line that it takes, in bytes.
+    pub(crate) longest_cmdline: usize,
+    /// The first address of the memory that it does not need to begin.
+    pub(crate) end: u64,
+}
+
+pub(crate) fn check(file: &File) -> Result<Kernel, NoKernel> {
     if is_bzimage(file) {
-        return Ok(());
+        return Ok(bzimage::look_at(file));
     }
     if !starts_with(file, &elf::abi::ELFMAGIC, 0) {
         return Err(NoKernel::OtherFormat);
@@ -50,30 +70,47 @@ fn starts_with(file: &File, magic: &[u8; 4], offset: u64) -> bool {
     file.read_exact_at(&mut found, offset).is_ok() && found == *magic
 }
 
-fn check_elf(file: impl Read + Seek) -> Result<(), NoKernel> {
+fn check_elf(file: impl Read + Seek) -> Result<Kernel, NoKernel> {
     let mut elf = ElfStream::<LittleEndian, _>::open_stream(file).map_err(|_| NoKernel::Damaged)?;
     if elf.ehdr.e_machine != EM_X86_64 {
         return Err(NoKernel::OtherMachine);
     }
-    let notes: Vec<_> = elf
-        .segments()
-        .iter()
-        .copied()
-        .filter(|segment| segment.p_type == PT_NOTE)
-        .collect();
-    for segment in notes {
-        let mut notes = elf
-            .segment_data_as_notes(&segment)
+    let segments = elf.segments().clone();
+    let (mut is_pvh, mut is_linux) = (false, false);
+    for segment in segments.iter().filter(|segment| segment.p_type == PT_NOTE) {
+        let notes = elf
+            .segment_data_as_notes(segment)
             .map_err(|_| NoKernel::Damaged)?;
-        if notes.any(|note| is_pvh(&note)) {
-            return Ok(());
+        for note in notes {
+            is_pvh |= is_a(&note, XEN, PVH_TYPE);
+            is_linux |= is_of_linux(&note);
         }
     }
-    Err(NoKernel::NoPvhNote)
+    if !is_pvh {
+        return Err(NoKernel::NoPvhNote);
+    }
+    let loaded = segments.iter().filter(|segment| segment.p_type == PT_LOAD);
+    Ok(Kernel {
+        is_linux,
+        longest_cmdline: if is_linux { LINUX_CMDLINE } else { VMM_CMDLINE },
+        end: loaded
+            .map(|segment| segment.p_paddr.saturating_add(segment.p_memsz))
+            .max()
+            .unwrap_or(0),
+    })
 }
 
-fn is_pvh(note: &Note<'_>) -> bool {
-    matches!(note, Note::Unknown(any) if any.n_type == PVH_NOTE_TYPE && any.name_str().is_ok_and(|name| name == PVH_NOTE_NAME))
+fn is_a(note: &Note<'_>, owner: &str, kind: u64) -> bool {
+    matches!(note, Note::Unknown(any) if any.n_type == kind && any.name_str().is_ok_and(|name| name == owner))
+}
+
+/// Whether only Linux has this note: one under its own name, which each has since 4.19, or Xen's note that names the system.
+fn is_of_linux(note: &Note<'_>) -> bool {
+    match note {
+        Note::Unknown(any) if any.name_str().is_ok_and(|name| name == "Linux") => true,
+        Note::Unknown(any) => is_a(note, XEN, GUEST_OS_TYPE) && any.desc.starts_with(b"linux"),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -82,7 +119,7 @@ mod tests {
 
     use super::*;
 
-    fn check_bytes(bytes: &[u8]) -> Result<(), NoKernel> {
+    fn check_bytes(bytes: &[u8]) -> Result<Kernel, NoKernel> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         check(&file)
@@ -106,9 +143,91 @@ mod tests {
     }
 
     #[test]
-    fn a_bzimage_is_known_by_its_header() {
+    fn a_bzimage_is_known_by_its_header_and_says_what_it_takes() {
         let mut image = vec![0; 0x202];
         image.extend_from_slice(b"HdrS");
-        assert_eq!(check_bytes(&image), Ok(()));
+        let of_old = Kernel {
+            is_linux: true,
+            longest_cmdline: 255,
+            end: 0,
+        };
+        assert_eq!(check_bytes(&image), Ok(of_old));
+        image.resize(0x264, 0);
+        image[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+        image[0x238..0x23c].copy_from_slice(&2047_u32.to_le_bytes());
+        image[0x258..0x260].copy_from_slice(&0x100_0000_u64.to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&0x30_0000_u32.to_le_bytes());
+        let of_now = Kernel {
+            is_linux: true,
+            longest_cmdline: 2047,
+            end: 0x130_0000,
+        };
+        assert_eq!(check_bytes(&image), Ok(of_now));
+    }
+
+    /// A note of this owner, whose name ends with a NUL.
+    fn note(owner: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
+        let mut note = Vec::new();
+        for number in [
+            u32::try_from(owner.len()).unwrap(),
+            u32::try_from(content.len()).unwrap(),
+            kind,
+        ] {
+            note.extend(number.to_le_bytes());
+        }
+        for part in [owner, content] {
+            note.extend(part);
+            note.resize(note.len().next_multiple_of(4), 0);
+        }
+        note
+    }
+
+    /// An ELF with these notes, that is loaded from 1 MiB on and takes 64 KiB there.
+    fn elf(notes: &[Vec<u8>]) -> Vec<u8> {
+        const HEADERS: u64 = 64 + 2 * 56;
+        let notes = notes.concat();
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(16, 0);
+        elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        for word in [0, 64, 0] {
+            elf.extend(u64::to_le_bytes(word));
+        }
+        elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
+        let size = notes.len() as u64;
+        for (kind, offset, address, in_file, in_memory) in
+            [(4_u32, HEADERS, 0, size, size), (1, 0, 1 << 20, 0, 64 << 10)]
+        {
+            elf.extend(kind.to_le_bytes());
+            elf.extend(0_u32.to_le_bytes());
+            for word in [offset, address, address, in_file, in_memory, 4] {
+                elf.extend(word.to_le_bytes());
+            }
+        }
+        elf.extend(notes);
+        elf
+    }
+
+    #[test]
+    fn a_linux_is_told_from_another_elf_by_its_notes() {
+        let pvh = note(b"Xen\0", 18, &[0; 4]);
+        let other = Kernel {
+            is_linux: false,
+            longest_cmdline: VMM_CMDLINE,
+            end: (1 << 20) + (64 << 10),
+        };
+        let gnu = note(b"GNU\0", 3, &[7; 4]);
+        assert_eq!(check_bytes(&elf(&[gnu.clone(), pvh.clone()])), Ok(other));
+        let linux = Kernel {
+            is_linux: true,
+            longest_cmdline: LINUX_CMDLINE,
+            ..other
+        };
+        // Its own note, and the one for Xen.
+        for says_so in [note(b"Linux\0", 0x100, b"6.1.0\0"), note(b"Xen\0", 6, b"linux\0")] {
+            assert_eq!(check_bytes(&elf(&[says_so, pvh.clone()])), Ok(linux));
+        }
+        let of_another = note(b"Xen\0", 6, b"FreeBSD\0");
+        assert_eq!(check_bytes(&elf(&[of_another, pvh])), Ok(other));
+        assert_eq!(check_bytes(&elf(&[gnu])), Err(NoKernel::NoPvhNote));
     }
 }

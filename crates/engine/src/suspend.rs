@@ -10,6 +10,7 @@ use stencil_core::{
     SnapshotManifest, State, VmSpec, error_chain,
 };
 
+use crate::admission::check_bases;
 use crate::agent::AgentLink;
 use crate::bring_up::{Machine, SnapshotSource};
 use crate::cpu::host_cpu;
@@ -218,9 +219,10 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let dir = self.dir(&slot.id);
         let source = SnapshotSource::of(&dir, snapshot).ok_or(EngineError::NoSnapshot(slot.id))?;
-        if disks::are_written(&metadata.spec) {
+        if !metadata.spec.disks.is_empty() {
             let (dir, spec) = (dir.clone(), metadata.spec.clone());
             self.with_files(move |_| {
+                check_bases(&spec.disks)?;
                 disks::check_closed(&dir, &spec)?;
                 disks::make_own(&dir, &spec)
             })

@@ -5,6 +5,7 @@
 
 mod agent;
 mod armed;
+mod boot_files;
 mod disks;
 mod hostile;
 mod hot_pages;

@@ -53,6 +53,7 @@ pub(crate) fn full() -> Metadata {
             disks: vec![DiskSpec {
                 path: "/images/debian.qcow2".into(),
                 format: DiskFormat::Qcow2,
+                bytes: Some(1 << 20),
                 read_only: true,
             }],
             vcpus: 2,

@@ -12,20 +12,34 @@ fn file(content: &[u8]) -> File {
     file
 }
 
-/// A qcow2 image of 1 MiB whose header is changed.
-fn qcow2(change: impl FnOnce(&mut Header)) -> File {
+/// A qcow2 image of a disk of 1 MiB that nothing was written to, whose header is changed.
+pub(super) fn qcow2(change: impl FnOnce(&mut Header)) -> File {
     let mut header = Header::new_zeroed();
     header.magic = QCOW2_MAGIC;
     header.version = 3.into();
     header.size = (1 << 20).into();
+    header.cluster_bits = 9.into();
+    header.refcount_table_offset = 512.into();
+    header.refcount_table_clusters = 1.into();
+    header.l1_table_offset = 1024.into();
+    header.l1_size = 32.into();
     change(&mut header);
-    file(header.as_bytes())
+    let file = file(header.as_bytes());
+    file.set_len(1536).unwrap();
+    file
 }
 
 #[test]
 fn a_base_is_qcow2_by_its_magic_and_else_raw_by_its_size() {
-    assert_eq!(check_base(&qcow2(|_| {})), Ok((DiskFormat::Qcow2, 1 << 20)));
-    assert_eq!(check_base(&file(&[0; 1024])), Ok((DiskFormat::Raw, 1024)));
+    let base = |format, disk_bytes, bytes| {
+        Ok(Base {
+            format,
+            disk_bytes,
+            bytes,
+        })
+    };
+    assert_eq!(check_base(&qcow2(|_| {})), base(DiskFormat::Qcow2, 1 << 20, 1536));
+    assert_eq!(check_base(&file(&[0; 1024])), base(DiskFormat::Raw, 1024, 1024));
     for size in [0, 1, 511, 513] {
         assert_eq!(
             check_base(&file(&vec![7; size])),

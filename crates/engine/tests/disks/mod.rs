@@ -9,7 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 
 use imago::qcow2::Qcow2;
-use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
+use imago::storage::StorageCreateOptions;
+use imago::{FormatAccess, FormatCreateBuilder, FormatDriverBuilder, PermissiveImplicitOpenGate, Storage};
 use stencil_core::{DiskFormat, InstanceDir, State};
 use stencil_engine::{CreateRequest, DiskRequest, EngineError, ForkRequest, ImageRequest};
 
@@ -351,6 +352,109 @@ async fn a_read_only_disk_has_no_layer_and_a_base_that_became_another_is_told_at
         matches!(&refused, Err(EngineError::Invalid(why)) if why.contains("is not there")),
         "{refused:?}"
     );
+}
+
+#[tokio::test]
+async fn a_base_that_is_gone_or_of_another_length_is_told_at_start_restore_and_fork() {
+    let house = House::new().await;
+    for (name, read_only) in [("stopped", false), ("asleep", false), ("reads", true)] {
+        fs::write(house.base(), vec![0xbb; DISK_BYTES]).unwrap();
+        let disks = vec![DiskRequest {
+            path: house.base(),
+            read_only,
+        }];
+        let request = CreateRequest {
+            disks,
+            ..house.request(name)
+        };
+        house.engine.create(request).await.unwrap();
+        if name == "stopped" {
+            house.engine.stop(name).await.unwrap();
+        } else {
+            house.engine.standby(name).await.unwrap();
+        }
+    }
+    let cut = || fs::write(house.base(), vec![0xbb; DISK_BYTES / 2]).unwrap();
+    let grown = || fs::write(house.base(), vec![0xbb; DISK_BYTES * 2]).unwrap();
+    let gone = || fs::remove_file(house.base()).unwrap();
+    let changes: [(&dyn Fn(), &str); 3] = [
+        (&cut, "has 524288 bytes, and had 1048576"),
+        (&grown, "has 2097152 bytes, and had 1048576"),
+        (&gone, "is not there"),
+    ];
+    for (change, expected) in changes {
+        change();
+        let before = house.directories();
+        let asked = house.hypervisor.calls().len();
+        for refused in [
+            house.engine.start("stopped").await.map(drop),
+            house.engine.restore("asleep").await.map(drop),
+            house.engine.restore("reads").await.map(drop),
+            house.fork_now("asleep").await.map(drop),
+            house.fork_now("reads").await.map(drop),
+        ] {
+            assert!(
+                matches!(&refused, Err(EngineError::Invalid(why)) if why.starts_with("disk `") && why.contains(expected)),
+                "{refused:?}"
+            );
+        }
+        assert_eq!(house.directories(), before, "{expected}");
+        assert_eq!(
+            house.hypervisor.calls().len(),
+            asked,
+            "no VMM was started: {expected}"
+        );
+    }
+    // Put back, it serves again.
+    fs::write(house.base(), vec![0xbb; DISK_BYTES]).unwrap();
+    house.engine.start("stopped").await.unwrap();
+    house.engine.restore("asleep").await.unwrap();
+    house.fork_now("reads").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_qcow2_base_that_is_cut_off_is_taken_for_no_instance_and_no_image() {
+    let house = House::new().await;
+    let path = house.data.path().join("base.qcow2");
+    let new = imago::file::File::create_open(StorageCreateOptions::new().filename(&path)).unwrap();
+    let builder = Qcow2::<imago::file::File>::create_builder(new).size(DISK_BYTES as u64);
+    builder.create().unwrap();
+    let disk = Qcow2::<imago::file::File>::builder_path(&path).write(true);
+    let disk = FormatAccess::new(disk.open(PermissiveImplicitOpenGate::default()).unwrap());
+    disk.write(&b"a"[..], 0).unwrap();
+    disk.write(&b"z"[..], DISK_BYTES as u64 - 1).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let whole = fs::read(&path).unwrap();
+    for length in [whole.len() / 2, 80] {
+        fs::write(&path, &whole[..length]).unwrap();
+        let request = CreateRequest {
+            disks: vec![DiskRequest {
+                path: path.clone(),
+                read_only: false,
+            }],
+            ..house.request("web")
+        };
+        let image = ImageRequest {
+            name: "debian".parse().unwrap(),
+            kernel: request.kernel.clone().unwrap(),
+            initrd: None,
+            disks: vec![path.clone()],
+            cmdline: String::new(),
+        };
+        for refused in [
+            house.engine.create(request).await.map(drop),
+            house.engine.add_image(image).await.map(drop),
+        ] {
+            let numbers = format!("and the file has {length} bytes");
+            assert!(
+                matches!(&refused, Err(EngineError::Invalid(why)) if why.contains("cut off") && why.contains(&numbers)),
+                "{refused:?}"
+            );
+        }
+    }
+    assert_eq!(house.directories(), [] as [&str; 0]);
+    assert!(house.engine.images().await.unwrap().is_empty());
 }
 
 /// Whether others go on while `operation` waits for the file at `pipe`, which somebody opens at last for it.

@@ -230,6 +230,7 @@ mod tests {
         let disk = |path: &str, read_only| DiskSpec {
             path: path.into(),
             format: DiskFormat::Raw,
+            bytes: None,
             read_only,
         };
         assert_eq!(

@@ -180,6 +180,7 @@ async fn disks_that_the_guest_writes_are_the_instance_s_own_and_no_format_is_gue
     let disk = |path: &str, format, read_only| DiskSpec {
         path: path.into(),
         format,
+        bytes: None,
         read_only,
     };
     let spec = VmSpec {
