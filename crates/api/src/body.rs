@@ -26,7 +26,7 @@ const DISCARD_LIMIT: usize = 64 << 20;
 /// How long a body may take: its sender is on this host, or near.
 const BODY_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The `{id}` of a path: an id, a name or an id prefix.
+/// The `{id}` of a path: an id, a name, or the first 8 or more characters of an id.
 pub(crate) struct Reference(pub(crate) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Reference {

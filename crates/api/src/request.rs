@@ -166,7 +166,7 @@ pub struct ListInstances {
         skip_serializing_if = "Option::is_none"
     )]
     pub state: Option<State>,
-    /// Only forks of this template: an id, a name or an id prefix.
+    /// Only forks of this template: an id, a name, or the first 8 or more characters of an id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
 }

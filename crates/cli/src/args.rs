@@ -96,6 +96,30 @@ pub(crate) enum ClientCommand {
     Version,
 }
 
+impl ClientCommand {
+    /// The one instance that the command changes or talks to, as it was typed. `rm` and `cp` see to theirs themselves.
+    pub(crate) fn changes(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Start(one)
+            | Self::Stop(one)
+            | Self::Pause(one)
+            | Self::Resume(one)
+            | Self::Standby(one)
+            | Self::Restore(one)
+            | Self::Demote(one)
+            | Self::RecordHotPages(one) => Some(&mut one.id),
+            Self::Promote(promote) => Some(&mut promote.id),
+            Self::Arm(arm) => Some(&mut arm.id),
+            Self::Fork(fork) => Some(&mut fork.id),
+            Self::Exec(exec) => Some(&mut exec.id),
+            Self::Console(console) => Some(&mut console.id),
+            // These only read, and the server takes the beginning of an id for that.
+            Self::Show(_) | Self::Ls(_) | Self::Wait(_) => None,
+            Self::Create(_) | Self::Rm(_) | Self::Cp(_) | Self::Image(_) | Self::Version => None,
+        }
+    }
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Serve {
     /// The data directory [default: /var/lib/stencil for root, else stencil in the user's data directory]
@@ -150,13 +174,13 @@ pub(crate) struct Pager {
 /// An instance.
 #[derive(Debug, clap::Args)]
 pub(crate) struct One {
-    /// Its id, its name, or a prefix that only its id has
+    /// Its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Promote {
-    /// Its id, its name, or a prefix that only its id has
+    /// Its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// How many forks of it are kept prepared [default: as many as the server keeps]
     #[arg(long, value_name = "N")]
@@ -165,7 +189,7 @@ pub(crate) struct Promote {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arm {
-    /// The template: its id, its name, or a prefix that only its id has
+    /// The template: its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// How many; 0 is none [default: as many as the server keeps]
     pub(crate) count: Option<u32>,
@@ -268,7 +292,7 @@ pub(crate) struct Ls {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Fork {
-    /// The source: its id, its name, or a prefix that only its id has
+    /// The source: its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// How many, all at once
     #[arg(short = 'n', long, value_name = "N")]
@@ -301,14 +325,14 @@ pub(crate) struct Fork {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Rm {
-    /// Their ids, names or id prefixes
+    /// Their names, ids, or the first 8 or more characters of their ids
     #[arg(required = true, value_name = "ID")]
     pub(crate) ids: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Exec {
-    /// Its id, its name, or a prefix that only its id has
+    /// Its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// Pass the standard input also if it is a terminal
     #[arg(short, long, conflicts_with = "json")]
@@ -340,7 +364,7 @@ pub(crate) struct Cp {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Console {
-    /// Its id, its name, or a prefix that only its id has
+    /// Its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// Go on as the guest prints, until its VM is down
     #[arg(long, short)]
@@ -355,7 +379,7 @@ pub(crate) struct Console {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Wait {
-    /// Its id, its name, or a prefix that only its id has
+    /// Its name, its id, or the first 8 or more characters of its id
     pub(crate) id: String,
     /// Which state
     #[arg(long, default_value = "Running")]

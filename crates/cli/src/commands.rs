@@ -6,6 +6,7 @@ mod exec;
 mod forks;
 mod images;
 mod instances;
+mod reference;
 
 use std::path::PathBuf;
 
@@ -29,7 +30,10 @@ pub(crate) fn run(command: ClientCommand, socket: Option<PathBuf>, json: bool) -
         .block_on(call(command, &client, reader))
 }
 
-async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result<(), Failure> {
+async fn call(mut command: ClientCommand, client: &Client, reader: Reader) -> Result<(), Failure> {
+    if let Some(typed) = command.changes() {
+        *typed = reference::exact(client, typed).await?;
+    }
     let changed = |instance: Instance| reader.print(&instance, table::changed);
     match command {
         ClientCommand::Create(asked) => instances::create(asked, client, reader).await,
@@ -66,7 +70,7 @@ async fn call(command: ClientCommand, client: &Client, reader: Reader) -> Result
 async fn delete_each(
     names: &[String],
     reader: Reader,
-    delete: impl AsyncFn(&str) -> Result<(), ClientError>,
+    delete: impl AsyncFn(&str) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let mut failed = Vec::new();
     for name in names {
@@ -76,7 +80,7 @@ async fn delete_each(
                     crate::output::write(format!("{name} is deleted\n").as_bytes())?;
                 }
             }
-            Err(error) => failed.push((name, Failure::from(error))),
+            Err(failure) => failed.push((name, failure)),
         }
     }
     let count = failed.len();

@@ -35,6 +35,10 @@ impl InstanceId {
         )
     }
 
+    /// How many first characters of an id people may give instead of the whole id. Fewer are too easily all of a name, or of
+    /// another instance's id once theirs is gone.
+    pub const SHORTEST_PREFIX: usize = 8;
+
     /// The ids whose string begins with `prefix`: they follow each other. `None` if no id does.
     #[must_use]
     pub fn beginning_with(prefix: &str) -> Option<RangeInclusive<Self>> {

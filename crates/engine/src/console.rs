@@ -37,7 +37,7 @@ impl Engine {
         tail: Option<u64>,
         follow: bool,
     ) -> Result<ConsoleStream, EngineError> {
-        let slot = self.inner.registry.find(reference)?;
+        let slot = self.inner.registry.look_up(reference)?;
         let dir = self.dir(&slot.id);
         // Watched before it is read, so that nothing is missed in between.
         let changes = follow.then(|| self.changes(&slot)).transpose()?;
@@ -55,7 +55,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::NoConsole`] while its VM is down;
+    /// [`EngineError::NotFound`]; [`EngineError::NoConsole`] while its VM is down;
     /// [`EngineError::Invalid`] if its hypervisor gives guests no input; [`EngineError::Vmm`] if they cannot be given, with
     /// [`VmmError::ConsoleFull`] if the guest does not read them.
     pub async fn console_write(&self, reference: &str, input: &[u8]) -> Result<(), EngineError> {

@@ -15,8 +15,12 @@ pub enum EngineError {
     /// The request cannot be done on this host; the message says what would be right.
     #[error("{0}")]
     Invalid(String),
-    /// No instance has this id, name or id prefix.
-    #[error("there is no instance `{0}`; it takes an id, an exact name, or a prefix that only one id has")]
+    /// No instance has this id or name; nor, where it is only read, does one id begin so.
+    #[error(
+        "there is no instance `{0}`; give its exact name or its whole id (for reading, the first {shortest} or more \
+         characters of its id will do)",
+        shortest = InstanceId::SHORTEST_PREFIX
+    )]
     NotFound(String),
     /// Several ids begin with the prefix.
     #[error("`{reference}` is the beginning of {} ids; give more of it", candidates.len())]

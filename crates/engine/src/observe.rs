@@ -140,7 +140,7 @@ impl Engine {
     ///
     /// [`EngineError::NotFound`], [`EngineError::Ambiguous`].
     pub async fn get(&self, reference: &str) -> Result<Instance, EngineError> {
-        let slot = self.inner.registry.find(reference)?;
+        let slot = self.inner.registry.look_up(reference)?;
         let mut instance = self.show(&slot).await?;
         if let Some(running) = slot.vmm() {
             // A process that has just ended has no memory to tell of.
@@ -175,7 +175,7 @@ impl Engine {
         let template = filter
             .template
             .as_deref()
-            .map(|name| self.inner.registry.find(name))
+            .map(|name| self.inner.registry.look_up(name))
             .transpose()?
             .map(|t| t.id);
         let slots = match template {

@@ -45,6 +45,14 @@ impl Index {
         self.slots.get(&text.parse().ok()?)
     }
 
+    /// By id before name: no name is another instance's id.
+    fn exactly(&self, reference: &str) -> Option<&Arc<Slot>> {
+        self.by_id(reference).or_else(|| {
+            let holder = self.names.holder(&reference.parse().ok()?)?;
+            self.slots.get(&holder.instance()?)
+        })
+    }
+
     fn know(&mut self, id: InstanceId, known: &Known) {
         self.names.give(known.name.clone(), Holder::Instance(id));
         if let Some(template) = known.fork_of_template {
@@ -279,22 +287,21 @@ impl Registry {
         slot.name().is_none() || self.has_lost_a_vmm()
     }
 
-    /// The instance that `reference` means: an id, an exact name, or a prefix that only one id has; in this order.
+    /// The instance that `reference` means, for what changes it: a whole id or an exact name. A prefix would mean another
+    /// instance as soon as the one that it was meant for is gone.
     pub(crate) fn find(&self, reference: &str) -> Result<Arc<Slot>, EngineError> {
+        let found = self.index().exactly(reference).cloned();
+        found.ok_or_else(|| EngineError::NotFound(reference.to_owned()))
+    }
+
+    /// The instance that `reference` means, for what only reads: also a prefix of an id that only that one has.
+    pub(crate) fn look_up(&self, reference: &str) -> Result<Arc<Slot>, EngineError> {
         let index = self.index();
-        let by_id = index.by_id(reference);
-        let by_name = || {
-            let name: InstanceName = reference.parse().ok()?;
-            match index.names.holder(&name)? {
-                Holder::Instance(id) => index.slots.get(&id),
-                Holder::Reserved => None,
-            }
-        };
-        if let Some(slot) = by_id.or_else(by_name) {
+        if let Some(slot) = index.exactly(reference) {
             return Ok(Arc::clone(slot));
         }
         let mut candidates = InstanceId::beginning_with(reference)
-            .filter(|_| !reference.is_empty())
+            .filter(|_| reference.len() >= InstanceId::SHORTEST_PREFIX)
             .into_iter()
             .flat_map(|ids| index.slots.range(ids))
             .map(|(_, slot)| slot);

@@ -41,7 +41,7 @@ impl Engine {
         state: State,
         timeout: Duration,
     ) -> Result<WaitOutcome, EngineError> {
-        let slot = self.inner.registry.find(reference)?;
+        let slot = self.inner.registry.look_up(reference)?;
         let mut changes = self.changes(&slot)?;
         let deadline = tokio::time::Instant::now() + timeout;
         loop {

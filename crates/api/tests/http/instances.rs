@@ -8,7 +8,7 @@ use serde_json::json;
 use stencil_api::reply::ForkOutcome;
 use stencil_api::request::{ForkMany, ForkOne, ListInstances, ReadConsole, WaitFor};
 use stencil_api::timeout::Timeout;
-use stencil_core::State;
+use stencil_core::{InstanceId, State};
 
 use crate::world::{World, refusal};
 
@@ -83,27 +83,50 @@ async fn a_name_that_is_taken_is_a_conflict() {
 #[tokio::test]
 async fn a_prefix_of_several_ids_is_ambiguous_and_names_them() {
     let world = World::new().await;
-    let a = world
-        .client
-        .create(&world.stopped("a"))
-        .await
-        .unwrap()
-        .id
-        .to_string();
-    let b = world
-        .client
-        .create(&world.stopped("b"))
-        .await
-        .unwrap()
-        .id
-        .to_string();
-    let common = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    let create = async |name: &str| {
+        let made = world.client.create(&world.stopped(name)).await.unwrap();
+        made.id.to_string()
+    };
+    // Ids begin with the time, so that those made within a second begin alike.
+    let (mut a, mut common, mut number) = (create("vm-0").await, 0, 0);
+    let mut b = a.clone();
+    while common < InstanceId::SHORTEST_PREFIX {
+        number += 1;
+        a = b;
+        b = create(&format!("vm-{number}")).await;
+        common = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    }
     let reply = world.get(&format!("/instances/{}", &a[..common])).await;
     assert_eq!(
         (reply.status, reply.body["code"].as_str()),
         (409, Some("ambiguous"))
     );
     assert_eq!(reply.body["details"], json!({ "candidates": [a, b] }));
+}
+
+#[tokio::test]
+async fn a_prefix_is_for_reading_and_changes_nothing() {
+    let world = World::new().await;
+    let id = world.client.create(&world.stopped("web")).await.unwrap().id;
+    let whole = id.to_string();
+    for length in [1, 2, 7, 8, 20, 25] {
+        let prefix = &whole[..length];
+        let path = format!("/instances/{prefix}");
+        let found = if length < 8 { 404 } else { 200 };
+        assert_eq!(world.get(&path).await.status, found, "{prefix}");
+        let refused = (404, "not_found".to_owned());
+        assert_eq!(refusal(world.client.delete(prefix).await), refused, "{prefix}");
+        assert_eq!(refusal(world.client.start(prefix).await), refused, "{prefix}");
+        let fork = ForkOne::default();
+        assert_eq!(
+            refusal(world.client.fork(prefix, &fork).await),
+            refused,
+            "{prefix}"
+        );
+    }
+    assert_eq!(world.instances_on_disk(), 1);
+    world.client.delete(&whole).await.unwrap();
+    assert_eq!(world.instances_on_disk(), 0);
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use stencil_engine::AGENT_PROGRAM as AGENT;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::reference;
 use crate::args::Cp;
 use crate::failure::Failure;
 
@@ -42,8 +43,14 @@ impl Place {
 
 pub(super) async fn cp(asked: Cp, client: &Client) -> Result<(), Failure> {
     match (Place::parse(&asked.from), Place::parse(&asked.to)) {
-        (Place::Here(from), Place::Guest { id, path }) => push(&from, &id, &path, client).await,
-        (Place::Guest { id, path }, Place::Here(to)) => pull(&id, &path, &to, client).await,
+        (Place::Here(from), Place::Guest { id, path }) => {
+            let id = reference::exact(client, &id).await?;
+            push(&from, &id, &path, client).await
+        }
+        (Place::Guest { id, path }, Place::Here(to)) => {
+            let id = reference::exact(client, &id).await?;
+            pull(&id, &path, &to, client).await
+        }
         _ => Err(Failure::Copy(
             "one side of a copy is here and the other one in an instance, as NAME:PATH".to_owned(),
         )),

@@ -22,7 +22,7 @@ pub(super) async fn run(asked: ImageCommand, client: &Client, reader: Reader) ->
         }
         ImageCommand::Show { name } => reader.print(&client.image(&name).await?, table::image),
         ImageCommand::Rm { names } => {
-            delete_each(&names, reader, async |name| client.remove_image(name).await).await
+            delete_each(&names, reader, async |name| Ok(client.remove_image(name).await?)).await
         }
     }
 }

@@ -7,7 +7,7 @@ use stencil_api::request::{AddDisk, CreateInstance, ListInstances, WaitFor};
 use stencil_api::timeout::Timeout;
 use stencil_core::{Readiness, State};
 
-use super::delete_each;
+use super::{delete_each, reference};
 use crate::args::{Create, Ls, Rm, Wait};
 use crate::failure::Failure;
 use crate::output::Reader;
@@ -68,7 +68,8 @@ pub(super) async fn list(asked: Ls, client: &Client, reader: Reader) -> Result<(
 /// Deletes one after the other, forks before the templates that they would keep from being deleted if they are given
 /// in that order.
 pub(super) async fn remove(asked: Rm, client: &Client, reader: Reader) -> Result<(), Failure> {
-    delete_each(&asked.ids, reader, async |id| client.delete(id).await).await
+    let delete = async |typed: &str| Ok(client.delete(&reference::exact(client, typed).await?).await?);
+    delete_each(&asked.ids, reader, delete).await
 }
 
 pub(super) async fn wait(asked: Wait, client: &Client, reader: Reader) -> Result<(), Failure> {

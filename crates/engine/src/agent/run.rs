@@ -130,7 +130,7 @@ impl Engine {
     /// The agent in the guest of an instance that is Running.
     ///
     /// # Errors
-    /// [`EngineError::NotFound`], [`EngineError::Ambiguous`]; [`EngineError::Refused`] in another state;
+    /// [`EngineError::NotFound`]; [`EngineError::Refused`] in another state;
     /// [`EngineError::NoAgent`] where there is none; [`EngineError::AgentNotReady`] while the guest is not yet the machine
     /// that it is to be.
     pub async fn agent(&self, reference: &str) -> Result<Agent, EngineError> {
