@@ -125,7 +125,7 @@ fn a_refusal_exits_with_1_and_says_what_would_be_right() {
     for (words, expected) in [
         (
             &["show", "nobody"][..],
-            "error: there is no instance `nobody`; it takes an id, ",
+            "error: there is no instance `nobody`; give its exact name or its whole id",
         ),
         (
             &["pause", "web"],
