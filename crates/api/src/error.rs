@@ -77,10 +77,6 @@ impl ApiError {
     fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     }
-
-    fn unreadable_metadata(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "unreadable_metadata", message)
-    }
 }
 
 impl IntoResponse for ApiError {
@@ -208,19 +204,41 @@ fn store(error: &StoreError) -> ApiError {
             ApiError::conflict("image_in_use", error.to_string()).with("instances", named(users))
         }
         StoreError::BrokenImage { .. } => ApiError::conflict("broken_image", error.to_string()),
-        StoreError::Unreadable { id, .. } => ApiError::unreadable_metadata(format!(
-            "the metadata of instance {id} cannot be read; the server's log says why: repair them, or delete the instance"
-        ))
-        .with("id", id.to_string()),
-        StoreError::NotAnInstance { .. } => ApiError::unreadable_metadata(
-            "something in the data directory is no instance, so that its forks cannot be counted; the server's log \
-             names it: move it out of there",
-        ),
+        StoreError::Unreadable { id, source, .. } => ApiError::conflict(
+            "unreadable_metadata",
+            format!(
+                "the metadata of instance {id} cannot be read: {}; repair them, or delete the instance by its id",
+                error_chain(source)
+            ),
+        )
+        .with("instances", texts(&[id])),
+        StoreError::Uncounted {
+            unreadable,
+            strangers,
+        } => uncounted(unreadable, strangers.len()),
         StoreError::BrokenSnapshot { reason, .. } => {
             ApiError::conflict("invalid_state", format!("the snapshot cannot be used: {reason}"))
         }
         _ => ApiError::internal("the data directory could not be used; the server's log says why"),
     }
+}
+
+/// What cannot be read could depend on what was to go. The paths of what is no instance are the host's.
+fn uncounted(unreadable: &[InstanceId], strangers: usize) -> ApiError {
+    let mut message = "it cannot be told whether anything depends on it".to_owned();
+    if !unreadable.is_empty() {
+        let ids = texts(unreadable).join(", ");
+        message += &format!(
+            ": the metadata of these instances cannot be read, repair them or delete each by its id: {ids}"
+        );
+    }
+    if strangers > 0 {
+        message +=
+            ": something in the directory of instances is none, move it away; the server's log names it";
+    }
+    ApiError::conflict("unreadable_metadata", message)
+        .with("instances", texts(unreadable))
+        .with("strangers", strangers)
 }
 
 /// What a VMM's failure means to the client: typed facts, and of a VMM's own words only those that hold no path.
@@ -373,7 +391,11 @@ mod tests {
                 source: UnreadableCause::Io(denied()),
             }
             .into(),
-            StoreError::NotAnInstance { path: SECRET.into() }.into(),
+            StoreError::Uncounted {
+                unreadable: vec![id()],
+                strangers: vec![SECRET.into()],
+            }
+            .into(),
             StoreError::NoImage {
                 name: "debian".parse().unwrap(),
             }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <data>/lock                       one server per data directory
+//! <data>/boot                       the host's boot in which it was last used
 //! <data>/stencil.sock               the server's default socket
 //! <data>/instances/<id>/metadata.json
 //!                       vmm.sock  console.sock or console.tty  agent.sock or vsock.sock  console.log  vmm.log
@@ -59,6 +60,11 @@ impl DataDir {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
+    }
+
+    /// The file that remembers in which boot of the host the directory was last used.
+    pub(crate) fn boot(&self) -> PathBuf {
+        self.0.join("boot")
     }
 
     /// The socket on which a server listens by default.

@@ -78,5 +78,6 @@ pub use rules::{Decision, ForkFrom, ForkPlan, ForkRequest, LiveFork, Operation, 
 pub use state::State;
 pub use store::{
     Durability, NewImage, NewInstance, Scanned, ScannedImage, Store, StoreError, UnreadableCause,
+    sync_records,
 };
 pub use versioned::FormatError;

@@ -96,6 +96,26 @@ impl Metadata {
         }
     }
 
+    /// Whether a boot of the host that `is_another` than its VMM's leaves nothing of it: a fork of a template that ran on since it
+    /// was forked, without a disk to write. Its memory was its VMM's alone.
+    pub(crate) fn dies_with(&self, is_another: impl FnOnce(&str) -> bool) -> bool {
+        let writes_no_disk = self.spec.disks.iter().all(|disk| disk.read_only);
+        let is_of_memory_only =
+            self.fork_of_template.is_some() && self.memory_mode.is_some() && writes_no_disk;
+        is_of_memory_only
+            && self
+                .vmm
+                .as_ref()
+                .is_some_and(|vmm| is_another(&vmm.process.boot_id))
+    }
+
+    /// Whether its record has to survive a power loss although its request did not wait for that. That of a fork that
+    /// no power loss leaves anything of need not.
+    #[must_use]
+    pub fn outlives_the_host(&self) -> bool {
+        !self.dies_with(|_| true)
+    }
+
     /// Reads the content of a `metadata.json`.
     ///
     /// # Errors

@@ -5,7 +5,8 @@
 //! - An instance is made in `.new-<id>` and takes its name by one rename ([`NewInstance`]); so a directory `<id>` always
 //!   has its metadata.
 //! - An instance is removed by one rename to `.del-<id>`; taking that apart is clean-up.
-//! - Metadata is replaced by one rename (`atomic`).
+//! - Metadata is replaced by one rename (`atomic`). A record that was not [`Synced`](Durability::Synced) is empty after a power
+//!   loss, until [`sync_records`] has reached it.
 //! - An image is made and removed likewise ([`NewImage`]), and stays as long as a record names it.
 //! - A snapshot exists from the rename of its manifest, which comes last, to that file's removal, which comes first. One that was
 //!   prepared ([`Store::prepare_snapshot`]) is finished by that rename, as long as the host has not booted anew.
@@ -15,6 +16,7 @@
 //! Calls about different instances can be made at once. Of one instance, the caller lets at most one call write.
 
 mod atomic;
+mod boot;
 mod error;
 mod hot_pages;
 mod images;
@@ -22,6 +24,7 @@ mod keeper;
 mod leftovers;
 mod lock;
 mod new_instance;
+mod power_loss;
 mod snapshot;
 
 use std::ffi::OsStr;
@@ -36,6 +39,7 @@ use crate::layout::{DataDir, MAX_SOCKET_PATH};
 use crate::metadata::Metadata;
 use crate::rules::LiveFork;
 
+use boot::Boot;
 use error::IoContext;
 use keeper::Keeper;
 use lock::Lock;
@@ -43,6 +47,7 @@ use lock::Lock;
 pub use error::{StoreError, UnreadableCause};
 pub use images::{NewImage, ScannedImage};
 pub use new_instance::NewInstance;
+pub use power_loss::sync_records;
 
 /// What a write must survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +71,7 @@ pub struct Scanned {
 #[derive(Debug)]
 pub struct Store {
     data: DataDir,
-    /// The host's boot, which has an id of its own.
-    boot: String,
+    boot: Boot,
     images: Arc<Keeper>,
     _lock: Lock,
 }
@@ -89,11 +93,10 @@ impl Store {
         atomic::create_dir_all(&data.instances())?;
         atomic::create_dir_all(&data.templates())?;
         atomic::create_dir_all(&data.images())?;
-        let boot_id = Path::new("/proc/sys/kernel/random/boot_id");
-        let boot = fs::read_to_string(boot_id).while_trying("read", boot_id)?;
+        let boot = Boot::of(&data)?;
         Ok(Self {
             data,
-            boot: boot.trim_end().to_owned(),
+            boot,
             images: Arc::default(),
             _lock: lock,
         })
@@ -134,6 +137,10 @@ impl Store {
             }
             Err(error) => return Err(unreadable(UnreadableCause::Io(error))),
         };
+        // What a file holds whose content had not reached the disk when the power was cut.
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Err(unreadable(UnreadableCause::Lost));
+        }
         let metadata =
             Metadata::from_json(&bytes).map_err(|error| unreadable(UnreadableCause::Format(error)))?;
         if metadata.id != *id {
@@ -177,45 +184,51 @@ impl Store {
 
     /// Counts the forks of a template from the records on disk, in the order of their ids.
     ///
-    /// What cannot be read could be a fork: it is an error, never zero. Only the template's own record is not looked
-    /// at, so that a damaged instance without forks can be deleted.
+    /// What cannot be read could be a fork: it is an error, never zero. Only the template's own record is not looked at.
     ///
     /// # Errors
-    /// [`StoreError::Unreadable`] or [`StoreError::NotAnInstance`], with the path of what has to be repaired or
-    /// removed; [`StoreError::Io`].
+    /// [`StoreError::Uncounted`] with all that could be a fork and cannot be read; [`StoreError::Io`].
     pub fn live_forks(&self, template: &InstanceId) -> Result<Vec<LiveFork>, StoreError> {
         let mut forks = Vec::new();
         // No instance is a fork of its own, so its record need not be readable for this.
-        self.visit_records(Some(template), |metadata| {
-            if metadata.fork_of_template == Some(*template) {
-                forks.push(LiveFork {
-                    id: metadata.id,
-                    name: metadata.name,
-                });
-            }
-        })?;
+        let seen = self.visit_records(Some(template), fork_of(template, &mut forks))?;
+        seen.is_all().map(|()| forks)
+    }
+
+    /// The forks of a template among the records that can be read, in the order of their ids. It suffices to delete an instance
+    /// whose own record cannot be read: what other damaged records were is not to be known, and two of them must not keep each
+    /// other for ever.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the directory of instances cannot be read.
+    pub fn known_forks(&self, template: &InstanceId) -> Result<Vec<LiveFork>, StoreError> {
+        let mut forks = Vec::new();
+        self.visit_records(Some(template), fork_of(template, &mut forks))?;
         Ok(forks)
     }
 
-    /// Shows the record of every instance but one. One that cannot be read is an error, and so is what is no instance: a
-    /// decision relies on having seen all.
+    /// Shows every record that can be read but that of one instance, and tells what could not be read.
     fn visit_records(
         &self,
         but: Option<&InstanceId>,
         mut visit: impl FnMut(Metadata),
-    ) -> Result<(), StoreError> {
+    ) -> Result<Seen, StoreError> {
+        let mut seen = Seen::default();
         for Entry { path, id } in self.entries()? {
             let Some(id) = id else {
-                return Err(StoreError::NotAnInstance { path });
+                seen.strangers.push(path);
+                continue;
             };
             if but == Some(&id) {
                 continue;
             }
-            if let Some(scanned) = self.scan_one(id) {
-                visit(scanned.metadata?);
+            match self.scan_one(id).map(|scanned| scanned.metadata) {
+                Some(Ok(metadata)) => visit(metadata),
+                Some(Err(_)) => seen.unreadable.push(id),
+                None => {}
             }
         }
-        Ok(())
+        Ok(seen)
     }
 
     /// Removes an instance, whether its record can be read or not, and what is kept for it as a template.
@@ -265,6 +278,41 @@ impl Store {
 struct Entry {
     path: PathBuf,
     id: Option<InstanceId>,
+}
+
+/// What a look at all records could not read.
+#[derive(Default)]
+struct Seen {
+    unreadable: Vec<InstanceId>,
+    strangers: Vec<PathBuf>,
+}
+
+impl Seen {
+    /// A decision that relies on having seen all is not made without.
+    fn is_all(self) -> Result<(), StoreError> {
+        let Self {
+            unreadable,
+            strangers,
+        } = self;
+        if unreadable.is_empty() && strangers.is_empty() {
+            return Ok(());
+        }
+        Err(StoreError::Uncounted {
+            unreadable,
+            strangers,
+        })
+    }
+}
+
+fn fork_of<'a>(template: &'a InstanceId, forks: &'a mut Vec<LiveFork>) -> impl FnMut(Metadata) + 'a {
+    |metadata| {
+        if metadata.fork_of_template == Some(*template) {
+            forks.push(LiveFork {
+                id: metadata.id,
+                name: metadata.name,
+            });
+        }
+    }
 }
 
 fn name_of(path: &Path) -> Option<&str> {

@@ -75,6 +75,7 @@ impl Engine {
             ..fork_metadata(base, id, reservation.name().clone(), generation)
         };
         new.commit(&metadata, Durability::Renamed)?;
+        self.inner.write_behind.sync(&metadata);
         let (slot, guard) = reservation.commit(&metadata);
         let process = process.keep();
         self.adopt(&slot, process.clone(), &record, &metadata, is_to_run, agent);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stencil_core::rules::{self, Decision, Operation};
+use stencil_core::rules::{self, Decision, LiveFork, Operation};
 use stencil_core::{Durability, InstanceId, Metadata, State, StoreError, error_chain};
 use stencil_vmm::{StrayProcess, stray_processes};
 
@@ -15,29 +15,41 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Refused`] for a template with live forks; [`EngineError::Store`] if they cannot be counted, or
+    /// [`EngineError::Refused`] for a template with live forks; [`EngineError::Store`] if those of a template cannot be counted, or
     /// what is on disk cannot be removed.
     pub async fn delete(&self, reference: &str) -> Result<(), EngineError> {
         let slot = self.inner.registry.find(reference)?;
         let engine = self.clone();
         crate::lifecycle::detached(async move {
             let _guard = engine.exclusive(&slot).await?;
-            let (state, may_have_forks) = match engine.observe(&slot).await {
-                Ok(seen) => (seen.state(), seen.metadata.is_template),
-                // Whether it was a template cannot be read: it is taken for one.
-                Err(EngineError::Store(StoreError::Unreadable { .. })) => (State::Unknown, true),
+            let (state, forks) = match engine.observe(&slot).await {
+                Ok(seen) => {
+                    let forks = engine.forks_that_hold(&slot, seen.metadata.is_template).await?;
+                    (seen.state(), forks)
+                }
+                // What it was cannot be read. Its own id suffices to delete it, unless a record that can be read needs it.
+                Err(EngineError::Store(StoreError::Unreadable { .. })) => {
+                    let id = slot.id;
+                    let forks = engine.on_disk(move |store| store.known_forks(&id)).await?;
+                    (State::Unknown, forks)
+                }
                 Err(error) => return Err(error),
-            };
-            let forks = if may_have_forks {
-                engine.live_forks(&slot).await?
-            } else {
-                Vec::new()
             };
             match rules::decide(Operation::Delete, state, &forks)? {
                 Decision::Act | Decision::AlreadyThere => engine.discard(&slot).await,
             }
         })
         .await
+    }
+
+    /// The forks that keep an instance from being deleted. A record that says that it is no template, and of which there are forks
+    /// all the same, was changed by somebody else: the forks count.
+    async fn forks_that_hold(&self, slot: &Slot, is_template: bool) -> Result<Vec<LiveFork>, EngineError> {
+        if is_template || self.inner.registry.has_forks(&slot.id) {
+            self.live_forks(slot).await
+        } else {
+            Ok(Vec::new())
+        }
     }
 
     /// Ends the VM, if any, and removes the instance from disk and from the registry. The caller has its lock.

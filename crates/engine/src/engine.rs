@@ -16,6 +16,7 @@ use crate::host::Host;
 use crate::limits::Promises;
 use crate::pressure::Pressure;
 use crate::registry::{Registry, Slot};
+use crate::write_behind::WriteBehind;
 
 /// What an engine is opened with.
 #[derive(Debug)]
@@ -49,6 +50,7 @@ pub(crate) struct Inner {
     pub(crate) host: Host,
     /// What forks that are being made may count on.
     pub(crate) promises: Arc<Promises>,
+    pub(crate) write_behind: WriteBehind,
 }
 
 impl Engine {
@@ -64,6 +66,7 @@ impl Engine {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         let engine = Self {
             inner: Arc::new(Inner {
+                write_behind: WriteBehind::start(store.data().clone()),
                 store,
                 registry: Arc::default(),
                 hypervisors: config.hypervisors.into_iter().map(|h| (h.name(), h)).collect(),
@@ -169,6 +172,10 @@ impl Engine {
     }
 
     pub(crate) fn rewrite(&self, metadata: &Metadata, durability: Durability) -> Result<(), EngineError> {
-        Ok(self.inner.store.write(metadata, durability)?)
+        self.inner.store.write(metadata, durability)?;
+        if durability == Durability::Renamed {
+            self.inner.write_behind.sync(metadata);
+        }
+        Ok(())
     }
 }

@@ -23,6 +23,7 @@
 //! | `agent` | the agent in a guest: who the guest is in this epoch, and commands in it |
 //! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
 //! | `changes`, `wait` | waiting without polling |
+//! | `write_behind` | records that need not be on disk before the answer are synced behind it |
 //! | `reconcile` | reattaches to VMMs and sweeps leftovers when the engine opens |
 //!
 //! # Locks
@@ -98,6 +99,7 @@ mod running;
 mod suspend;
 mod template;
 mod wait;
+mod write_behind;
 
 pub use agent::{
     Agent, AgentState, Captured, ExecEvent, ExecEvents, ExecInput, ExecOutput, ExecRequest, ExecSession,

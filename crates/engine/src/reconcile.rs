@@ -1,11 +1,11 @@
 //! What the engine does when it opens: finds its instances and their VMMs again, and sweeps what a crash left behind.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
-use stencil_core::{InstanceId, Metadata, ProcessIdentity, VmSpec, error_chain};
+use stencil_core::{InstanceId, Metadata, ProcessIdentity, Scanned, VmSpec, error_chain};
 use stencil_vmm::{Attached, ProcessError, StrayProcess, VmmProcess, stray_processes};
 
 use crate::registry::Slot;
@@ -16,7 +16,7 @@ impl Engine {
     pub(crate) async fn reconcile(&self) -> Result<Vec<Arc<Slot>>, EngineError> {
         let (mut owners, mut templates) = (Owners::default(), Vec::new());
         let (mut prepared, mut unneeded) = (Vec::new(), Vec::new());
-        for found in self.on_disk(stencil_core::Store::scan).await? {
+        for found in self.sweep_lost().await? {
             match found.metadata {
                 Ok(metadata) => {
                     let vmm = metadata.vmm.as_ref().map(|record| record.process.clone());
@@ -58,9 +58,30 @@ impl Engine {
                 "swept what interrupted operations left behind"
             );
         }
+        self.on_disk(stencil_core::Store::remember_boot).await?;
         join_all(unneeded.into_iter().map(|fork| self.delete_unneeded(fork))).await;
         templates.retain(|template| self.inner.registry.holds(template));
         Ok(templates)
+    }
+
+    /// Finds all instances, and removes those of which the last boot of the host left nothing.
+    async fn sweep_lost(&self) -> Result<Vec<Scanned>, EngineError> {
+        self.on_disk(|store| {
+            let mut scanned = store.scan()?;
+            let lost: BTreeSet<InstanceId> = store.lost_with_the_host(&scanned).into_iter().collect();
+            for id in &lost {
+                store.remove(id)?;
+            }
+            if !lost.is_empty() {
+                tracing::warn!(
+                    forks = lost.len(),
+                    "removed forks that ran when the host went down: nothing was left of them but their names"
+                );
+            }
+            scanned.retain(|found| !lost.contains(&found.id));
+            Ok(scanned)
+        })
+        .await
     }
 
     /// Ends the VMMs of operations that did not end: their instances are as they were before.

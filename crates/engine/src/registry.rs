@@ -257,6 +257,11 @@ impl Registry {
         Some(forks.filter_map(live_fork).collect())
     }
 
+    /// Whether an instance is known that was forked of this one.
+    pub(crate) fn has_forks(&self, template: &InstanceId) -> bool {
+        self.index().forks.contains_key(template)
+    }
+
     /// The instances that may be forks of a template: its forks, and those whose record could not be read.
     pub(crate) fn perhaps_forks(&self, template: &InstanceId) -> Vec<Arc<Slot>> {
         let index = self.index();

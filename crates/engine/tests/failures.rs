@@ -442,7 +442,7 @@ async fn unreadable_metadata_of_a_fork_keep_the_template() {
     fs::write(&path, b"{\"schema\": 1, \"id\"").unwrap();
     assert!(matches!(
         house.engine.demote("warm").await,
-        Err(EngineError::Store(StoreError::Unreadable { .. }))
+        Err(EngineError::Store(StoreError::Uncounted { .. }))
     ));
     assert!(house.engine.delete("warm").await.is_err());
     let shown = house.engine.get("warm-1").await.unwrap();

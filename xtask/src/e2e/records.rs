@@ -46,7 +46,7 @@ fn unreadable(world: &mut World) -> Result<(), Failure> {
             template.try_act("stop")?,
             template.try_delete()?,
         ] {
-            let error = refused(500, "unreadable_metadata", reply)?;
+            let error = refused(409, "unreadable_metadata", reply)?;
             let message = error["message"].as_str().unwrap_or_default();
             holds(
                 message.contains(&forks[0].id),

@@ -416,7 +416,7 @@ async fn unreadable_metadata_are_told_without_a_path_and_can_be_deleted() {
     let reply = world.ask(Method::POST, "/instances/web/start", None, "").await;
     assert_eq!(
         (reply.status, reply.body["code"].as_str()),
-        (500, Some("unreadable_metadata")),
+        (409, Some("unreadable_metadata")),
         "{reply:?}"
     );
     let message = reply.body["message"].as_str().unwrap();
@@ -424,5 +424,6 @@ async fn unreadable_metadata_are_told_without_a_path_and_can_be_deleted() {
         message.contains(&web.id.to_string()) && !message.contains('/'),
         "{message}"
     );
-    assert_eq!(reply.body["details"]["id"], web.id.to_string());
+    assert_eq!(reply.body["details"]["instances"], json!([web.id.to_string()]));
+    world.client.delete(&web.id.to_string()).await.unwrap();
 }

@@ -191,7 +191,7 @@ async fn where_one_metadata_cannot_be_read_forks_are_not_counted_as_none() {
         world.client.delete("warm").await,
         world.client.demote("warm").await.map(drop),
     ] {
-        assert_eq!(refusal(refused), (500, "unreadable_metadata".to_owned()));
+        assert_eq!(refusal(refused), (409, "unreadable_metadata".to_owned()));
     }
     fs::write(&metadata, kept).unwrap();
     assert_eq!(

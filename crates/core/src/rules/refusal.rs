@@ -1,6 +1,5 @@
 //! Why an operation is refused, and what would be right.
 
-use crate::name::InstanceName;
 use crate::rules::{LiveFork, Operation};
 use crate::state::State;
 
@@ -80,9 +79,9 @@ impl Refusal {
 }
 
 /// The first names, and how many more there are.
-pub(crate) fn some_of<'a>(names: impl ExactSizeIterator<Item = &'a InstanceName>) -> String {
+pub(crate) fn some_of(names: impl ExactSizeIterator<Item = impl ToString>) -> String {
     let more = names.len().saturating_sub(NAMED);
-    let mut said: Vec<String> = names.take(NAMED).map(ToString::to_string).collect();
+    let mut said: Vec<String> = names.take(NAMED).map(|name| name.to_string()).collect();
     if more > 0 {
         said.push(format!("and {more} more"));
     }

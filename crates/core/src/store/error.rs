@@ -43,11 +43,17 @@ pub enum StoreError {
         /// The one that the record is of.
         found: InstanceId,
     },
-    /// Something among the instances is none, so that it cannot be told whether it is a fork.
-    #[error("{} is no instance: move it out of the data directory", path.display())]
-    NotAnInstance {
-        /// What it is.
-        path: PathBuf,
+    /// Not all records can be read, and each that cannot could be what was looked for: a fork of a template, or a user of an
+    /// image.
+    #[error(
+        "it cannot be told whether anything depends on it: {}",
+        mend(unreadable, strangers)
+    )]
+    Uncounted {
+        /// The instances whose record cannot be read.
+        unreadable: Vec<InstanceId>,
+        /// What lies among the instances and is none.
+        strangers: Vec<PathBuf>,
     },
     /// What was to be swept was not left over by a crash.
     #[error("{} is not left over: it is not removed", path.display())]
@@ -130,6 +136,9 @@ pub enum StoreError {
 /// Why the record of an instance cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum UnreadableCause {
+    /// The file is there and holds nothing, as a power loss leaves it.
+    #[error("it is empty, as after a power loss")]
+    Lost,
     /// The file is missing, or the file system refused.
     #[error(transparent)]
     Io(io::Error),
@@ -142,6 +151,24 @@ pub enum UnreadableCause {
         /// The id in it.
         found: InstanceId,
     },
+}
+
+/// What has to be done about records that cannot be read, and about what is no instance.
+fn mend(unreadable: &[InstanceId], strangers: &[PathBuf]) -> String {
+    let mut steps = Vec::new();
+    if !unreadable.is_empty() {
+        let ids = some_of(unreadable.iter());
+        steps.push(format!(
+            "the metadata of these instances cannot be read, repair them or delete each by its id: {ids}"
+        ));
+    }
+    if !strangers.is_empty() {
+        let paths = some_of(strangers.iter().map(|path| path.display()));
+        steps.push(format!(
+            "move what is no instance out of the data directory: {paths}"
+        ));
+    }
+    steps.join("; ")
 }
 
 fn holder(pid: Option<u32>) -> String {

@@ -107,7 +107,7 @@ impl Store {
     /// As [`Store::live_forks`].
     pub fn image_users(&self, name: &ImageName) -> Result<Vec<ImageUser>, StoreError> {
         let mut users = Vec::new();
-        self.visit_records(None, |metadata| {
+        let seen = self.visit_records(None, |metadata| {
             if metadata.spec.image.as_ref() == Some(name) {
                 users.push(ImageUser {
                     id: metadata.id,
@@ -115,7 +115,7 @@ impl Store {
                 });
             }
         })?;
-        Ok(users)
+        seen.is_all().map(|()| users)
     }
 
     /// Removes an image that no instance was made of, whether its own record can be read or not.

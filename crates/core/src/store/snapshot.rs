@@ -64,14 +64,14 @@ impl Store {
     /// As [`Store::complete_snapshot`]; the snapshot is then not prepared, except where only the last sync failed.
     pub fn prepare_snapshot(&self, dir: &SnapshotDir, manifest: &SnapshotManifest) -> Result<(), StoreError> {
         verify(dir, manifest)?;
-        complete(dir, manifest, &dir.prepared_manifest(&self.boot))
+        complete(dir, manifest, &dir.prepared_manifest(self.boot.id()))
     }
 
     /// Whether an instance's snapshot was prepared since the host booted, and is neither finished nor discarded.
     #[must_use]
     pub fn is_snapshot_prepared(&self, id: &InstanceId) -> bool {
         let dir = self.data.instance(id).snapshot();
-        fs::symlink_metadata(dir.prepared_manifest(&self.boot)).is_ok()
+        fs::symlink_metadata(dir.prepared_manifest(self.boot.id())).is_ok()
     }
 
     /// Lets a snapshot exist that was prepared. When this returns, it survives a power loss.
@@ -80,7 +80,7 @@ impl Store {
     /// [`StoreError::Io`]. It then is prepared as before, except where only the last sync failed.
     pub fn finish_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
-        fs::rename(dir.prepared_manifest(&self.boot), dir.manifest())
+        fs::rename(dir.prepared_manifest(self.boot.id()), dir.manifest())
             .while_trying("put in place", &dir.manifest())?;
         atomic::sync_dir(dir.path())?;
         self.sync_above(&dir)
@@ -100,7 +100,7 @@ impl Store {
     /// [`StoreError::Io`]; then it exists, except where only the sync failed.
     pub fn spend_snapshot(&self, id: &InstanceId, durability: Durability) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
-        forget(&dir.prepared_manifest(&self.boot))?;
+        forget(&dir.prepared_manifest(self.boot.id()))?;
         match fs::rename(dir.manifest(), dir.spent_manifest()) {
             Err(error) if error.kind() == ErrorKind::NotFound => forget(&dir.spent_manifest()),
             Err(error) => Err(error).while_trying("set aside", &dir.manifest()),
@@ -129,7 +129,7 @@ impl Store {
     /// [`StoreError::Io`]. If it fails half-way, there is no snapshot any more.
     pub fn discard_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
-        forget(&dir.prepared_manifest(&self.boot))?;
+        forget(&dir.prepared_manifest(self.boot.id()))?;
         match fs::remove_file(dir.manifest()) {
             Ok(()) => atomic::sync_dir(dir.path())?,
             Err(error) if error.kind() == ErrorKind::NotFound => {}

@@ -13,7 +13,10 @@ mod lock;
 mod metadata;
 mod model;
 mod observe;
+mod power_loss;
 mod rules;
+#[path = "../../../../fixtures/skipped.rs"]
+mod skipped;
 mod snapshot;
 mod state;
 mod store;

@@ -22,7 +22,12 @@ fn damages() -> Vec<Damage> {
         (
             "empty",
             |path| fs::write(path, "").unwrap(),
-            "it is no valid JSON",
+            "it is empty, as after a power loss",
+        ),
+        (
+            "zeros",
+            |path| fs::write(path, [0; 512]).unwrap(),
+            "it is empty, as after a power loss",
         ),
         (
             "truncated",
@@ -91,21 +96,25 @@ fn an_unreadable_record_is_an_error_with_its_path_and_cause_and_never_zero_forks
         let path = given::instance(&store, &bystander).metadata();
         inflict(&path);
 
-        for error in [
-            store.read(&bystander.id).unwrap_err(),
-            store.live_forks(&template.id).unwrap_err(),
-        ] {
-            let StoreError::Unreadable { id, path: at, .. } = &error else {
-                panic!("{damage}: {error:?}")
-            };
-            assert_eq!((id, at), (&bystander.id, &path), "{damage}");
-            let said = error.source().unwrap().to_string();
-            assert!(said.contains(cause), "{damage}: {said}");
-            assert!(
-                !error.to_string().contains(&said),
-                "{damage}: a message repeats its source"
-            );
-        }
+        let error = store.read(&bystander.id).unwrap_err();
+        let StoreError::Unreadable { id, path: at, .. } = &error else {
+            panic!("{damage}: {error:?}")
+        };
+        assert_eq!((id, at), (&bystander.id, &path), "{damage}");
+        let said = error.source().unwrap().to_string();
+        assert!(said.contains(cause), "{damage}: {said}");
+        assert!(
+            !error.to_string().contains(&said),
+            "{damage}: a message repeats its source"
+        );
+        let uncounted = store.live_forks(&template.id).unwrap_err();
+        assert!(
+            matches!(&uncounted, StoreError::Uncounted { unreadable, strangers }
+                if *unreadable == [bystander.id] && strangers.is_empty()),
+            "{damage}: {uncounted:?}"
+        );
+        // For the deletion of what is damaged itself, that suffices which can be read.
+        assert_eq!(store.known_forks(&bystander.id).unwrap(), [], "{damage}");
         assert!(
             store
                 .scan()
@@ -144,6 +153,26 @@ fn another_schema_is_told_by_its_type() {
 }
 
 #[test]
+fn all_that_could_be_a_fork_and_cannot_be_read_is_named_at_once() {
+    let (_scratch, store) = given::store();
+    let [template, one, other] = ["template", "one", "other"].map(given::record);
+    given::instance(&store, &template);
+    for damaged in [&one, &other] {
+        fs::write(given::instance(&store, damaged).metadata(), "").unwrap();
+    }
+    let stray = store.data().instances().join("lost+found");
+    fs::create_dir(&stray).unwrap();
+    let said = store.live_forks(&template.id).unwrap_err().to_string();
+    for named in [
+        one.id.to_string(),
+        other.id.to_string(),
+        stray.display().to_string(),
+    ] {
+        assert!(said.contains(&named), "{said}");
+    }
+}
+
+#[test]
 fn a_name_that_is_no_id_could_be_a_fork() {
     let (_scratch, store) = given::store();
     let template = given::record("template");
@@ -157,7 +186,8 @@ fn a_name_that_is_no_id_could_be_a_fork() {
         fs::create_dir(&stray).unwrap();
         let error = store.live_forks(&template.id).unwrap_err();
         assert!(
-            matches!(&error, StoreError::NotAnInstance { path } if *path == stray),
+            matches!(&error, StoreError::Uncounted { unreadable, strangers }
+                if unreadable.is_empty() && *strangers == [stray.clone()]),
             "{error:?}"
         );
         assert_eq!(store.scan().unwrap().len(), 1);

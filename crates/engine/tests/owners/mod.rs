@@ -1,5 +1,7 @@
 //! Whose a VMM is: it is ended only when a record that can be read, or the lack of any instance, says that it is nobody's.
 
+mod lost;
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;
