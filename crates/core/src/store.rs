@@ -192,7 +192,7 @@ impl Store {
         let mut forks = Vec::new();
         // No instance is a fork of its own, so its record need not be readable for this.
         let seen = self.visit_records(Some(template), fork_of(template, &mut forks))?;
-        seen.is_all().map(|()| forks)
+        seen.all().map(|()| forks)
     }
 
     /// The forks of a template among the records that can be read, in the order of their ids. It suffices to delete an instance
@@ -289,7 +289,7 @@ struct Seen {
 
 impl Seen {
     /// A decision that relies on having seen all is not made without.
-    fn is_all(self) -> Result<(), StoreError> {
+    fn all(self) -> Result<(), StoreError> {
         let Self {
             unreadable,
             strangers,

@@ -310,6 +310,9 @@ impl Engine {
             }
             tracing::error!(instance = %slot.id, error = error_chain(&failed), "its record may not survive a power loss");
         }
+        if durability == Durability::Renamed {
+            self.inner.write_behind.sync(&metadata);
+        }
         self.stop_vmm(slot, &metadata).await?;
         Ok(metadata)
     }

@@ -115,7 +115,7 @@ impl Store {
                 });
             }
         })?;
-        seen.is_all().map(|()| users)
+        seen.all().map(|()| users)
     }
 
     /// Removes an image that no instance was made of, whether its own record can be read or not.
