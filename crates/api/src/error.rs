@@ -4,6 +4,8 @@
 //! whole chain of causes goes to the log, within the span of its request.
 
 use std::borrow::Cow;
+use std::error::Error;
+use std::io::{self, ErrorKind};
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -97,6 +99,9 @@ impl From<EngineError> for ApiError {
 
 /// What the client is told of an engine's error.
 fn told(error: &EngineError) -> ApiError {
+    if let Some(told) = disk_trouble(error) {
+        return told;
+    }
     let message = error.to_string();
     match error {
         EngineError::Invalid(_) => ApiError::invalid(message),
@@ -141,6 +146,63 @@ fn told(error: &EngineError) -> ApiError {
             "the server could not {what} a file of the instance; the server's log says which and why"
         )),
     }
+}
+
+/// The one place that knows a disk that is full or read-only, whoever met it: the server, or a VMM that told so in its own words.
+fn disk_trouble(error: &EngineError) -> Option<ApiError> {
+    let mut next: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(told) = error.downcast_ref::<io::Error>().and_then(of_disk) {
+            return Some(told);
+        }
+        if let Some(VmmError::Rejected { body, .. }) = error.downcast_ref() {
+            return body.0.iter().find_map(|reason| said_of_disk(reason));
+        }
+        if let Some(VmmError::Refused { reason, .. }) = error.downcast_ref() {
+            return said_of_disk(reason);
+        }
+        next = error.source();
+    }
+    None
+}
+
+fn of_disk(error: &io::Error) -> Option<ApiError> {
+    match error.kind() {
+        ErrorKind::StorageFull => Some(full(
+            "a file system that the server writes to is full, most likely that of its data directory; delete instances or \
+             images, or make room on it",
+        )),
+        ErrorKind::QuotaExceeded => Some(full(
+            "the disk quota of the server's user is used up; delete instances or images, or raise the quota",
+        )),
+        ErrorKind::ReadOnlyFilesystem => Some(ApiError::conflict(
+            "read_only",
+            "the file system of the data directory is read-only, so that nothing can be recorded and nothing was begun; the \
+             kernel's log says why, often an I/O error",
+        )),
+        _ => None,
+    }
+}
+
+/// What a VMM says that met the same: the C library's words for the error.
+fn said_of_disk(words: &str) -> Option<ApiError> {
+    [
+        ("No space left on device", ErrorKind::StorageFull),
+        ("Disk quota exceeded", ErrorKind::QuotaExceeded),
+        ("Read-only file system", ErrorKind::ReadOnlyFilesystem),
+    ]
+    .into_iter()
+    .find_map(|(said, kind)| words.contains(said).then_some(kind))
+    .and_then(|kind| of_disk(&kind.into()))
+}
+
+fn full(message: &str) -> ApiError {
+    ApiError::new(
+        StatusCode::INSUFFICIENT_STORAGE,
+        "insufficient_resources",
+        message,
+    )
+    .with("resource", "disk")
 }
 
 fn refused(refusal: &Refusal) -> ApiError {
@@ -275,7 +337,6 @@ fn texts<T: ToString>(things: &[T]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::time::Duration;
 
     use stencil_core::rules::{LiveFork, Operation};
@@ -294,6 +355,15 @@ mod tests {
 
     fn denied() -> io::Error {
         io::ErrorKind::PermissionDenied.into()
+    }
+
+    fn disk(kind: ErrorKind) -> EngineError {
+        StoreError::Io {
+            what: "write",
+            path: SECRET.into(),
+            source: kind.into(),
+        }
+        .into()
     }
 
     fn vmm(source: VmmError) -> EngineError {
@@ -428,6 +498,17 @@ mod tests {
                 source: denied(),
             }
             .into(),
+            disk(ErrorKind::StorageFull),
+            disk(ErrorKind::QuotaExceeded),
+            disk(ErrorKind::ReadOnlyFilesystem),
+            vmm(VmmError::Rejected {
+                call: Call::Snapshot,
+                status: 500,
+                body: VmmWords(vec![
+                    format!("cannot write {SECRET}"),
+                    "No space left on device (os error 28)".to_owned(),
+                ]),
+            }),
             vmm(VmmError::Spawn {
                 binary: SECRET.into(),
                 source: denied(),

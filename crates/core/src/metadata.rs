@@ -47,7 +47,8 @@ pub struct Metadata {
     /// The template that it was forked of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork_of_template: Option<InstanceId>,
-    /// It was made for one piece of work of the server, and is deleted after it: by the next server if this one ends before.
+    /// A server works on it, and it is of no use without that work: it is being booted for the first time, or was made for one
+    /// command. If the server ends before, the next one deletes it.
     #[serde(default, skip_serializing_if = "is_no")]
     pub delete_after: bool,
     /// How its memory was last restored, or is to be at first; absent if there was nothing to restore.

@@ -4,7 +4,7 @@
 //!
 //! - An instance is made in `.new-<id>` and takes its name by one rename ([`NewInstance`]); so a directory `<id>` always
 //!   has its metadata.
-//! - An instance is removed by one rename to `.del-<id>`; taking that apart is clean-up.
+//! - An instance is removed by one rename to `.del-<id>`; ending its VMM and taking that apart is clean-up.
 //! - Metadata is replaced by one rename (`atomic`). A record that was not [`Synced`](Durability::Synced) is empty after a power
 //!   loss, until [`sync_records`] has reached it.
 //! - An image is made and removed likewise ([`NewImage`]), and stays as long as a record names it.
@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::id::InstanceId;
-use crate::layout::{DataDir, MAX_SOCKET_PATH};
+use crate::layout::{DataDir, InstanceDir, MAX_SOCKET_PATH};
 use crate::metadata::Metadata;
 use crate::rules::LiveFork;
 
@@ -162,6 +162,15 @@ impl Store {
         atomic::replace(&dir.metadata(), &json(metadata)?, durability)
     }
 
+    /// Sees that what is done to an instance can be recorded: that a file can be made in its directory. Nothing but trying tells that
+    /// a file system has become read-only.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn check_writable(&self, id: &InstanceId) -> Result<(), StoreError> {
+        atomic::try_to_write(self.data.instance(id).path())
+    }
+
     /// Reads the records of all instances, in the order of their ids.
     ///
     /// Names that are no ids are passed over; they are told by [`Store::strangers`].
@@ -234,9 +243,19 @@ impl Store {
     /// Removes an instance, whether its record can be read or not, and what is kept for it as a template.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]; [`StoreError::Io`]. If it fails half-way, the instance is gone, and what is left
-    /// over is swept at the next start.
+    /// As [`Store::begin_removal`]; [`StoreError::Io`] if it fails half-way: the instance is gone, and what is left over is swept
+    /// at the next start.
     pub fn remove(&self, id: &InstanceId) -> Result<(), StoreError> {
+        self.begin_removal(id)?;
+        self.finish_removal(id)
+    }
+
+    /// Lets an instance exist no longer, by one rename, and says where its files are. A process that works there goes on; if the
+    /// server dies now, the next one ends it and sweeps the files.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Io`]. It then is as it was.
+    pub fn begin_removal(&self, id: &InstanceId) -> Result<InstanceDir, StoreError> {
         let (path, deleted) = (
             self.data.instance(id).path().to_owned(),
             self.data.deleted_instance(id),
@@ -247,8 +266,30 @@ impl Store {
             }
             renamed => renamed.while_trying("remove", &path)?,
         }
-        atomic::sync_dir(&self.data.instances())?;
-        self.sweep(&deleted)
+        if let Err(error) = atomic::sync_dir(&self.data.instances()) {
+            // An error means that it is as it was. If not even that works, this error is still the one to tell.
+            let _ = fs::rename(&deleted, &path);
+            return Err(error);
+        }
+        Ok(InstanceDir::new(deleted))
+    }
+
+    /// Lets an instance exist again whose removal was begun.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn undo_removal(&self, id: &InstanceId) -> Result<(), StoreError> {
+        let path = self.data.instance(id).path().to_owned();
+        fs::rename(self.data.deleted_instance(id), &path).while_trying("bring back", &path)?;
+        atomic::sync_dir(&self.data.instances())
+    }
+
+    /// Removes the files of an instance whose removal was begun.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]. What is left over is swept at the next start.
+    pub fn finish_removal(&self, id: &InstanceId) -> Result<(), StoreError> {
+        self.sweep(&self.data.deleted_instance(id))
     }
 
     /// What lies in the directory of instances, sorted; names that begin with a dot are no instances.

@@ -21,11 +21,13 @@ use crate::running::RunningVmm;
 use crate::{Engine, EngineError};
 
 impl Engine {
-    /// Boots the VM on a VMM of its own; one that is there with the guest down is replaced.
+    /// Boots the VM on a VMM of its own; one that is there with the guest down is replaced. Its new record is written with this
+    /// durability.
     pub(crate) async fn boot(
         &self,
         slot: &Arc<Slot>,
         metadata: Metadata,
+        durability: Durability,
         stopwatch: &mut Stopwatch,
     ) -> Result<(), EngineError> {
         let spec = metadata.spec.clone();
@@ -68,7 +70,7 @@ impl Engine {
             memory_mode_reason: None,
             ..metadata
         };
-        self.take_on(slot, process, record, metadata).await?;
+        self.take_on(slot, process, record, metadata, durability).await?;
         stopwatch.lap("record");
         Ok(())
     }
@@ -217,13 +219,14 @@ impl Engine {
         process: VmmProcess,
         record: VmmRecord,
         metadata: Metadata,
+        durability: Durability,
     ) -> Result<Metadata, EngineError> {
         self.adopt(slot, process.clone(), &record, &metadata, false, None);
         let metadata = Metadata {
             vmm: Some(record),
             ..metadata
         };
-        if let Err(failed) = self.rewrite(&metadata, Durability::Renamed) {
+        if let Err(failed) = self.rewrite(&metadata, durability).await {
             slot.set_vmm(None);
             let hypervisor = self.hypervisor(&metadata.spec.hypervisor)?;
             self.stop_failed(slot.id, &self.dir(&slot.id), hypervisor, &process)
@@ -301,17 +304,12 @@ impl Engine {
             vmm: None,
             ..metadata
         };
-        let record = metadata.clone();
-        let written = self.on_disk(move |store| store.write(&record, durability)).await;
-        if let Err(failed) = written {
+        if let Err(failed) = self.rewrite(&metadata, durability).await {
             // Where only a sync failed, the record names no VMM any more, and there must be none.
             if !self.read(&slot.id).is_ok_and(|found| found.vmm.is_none()) {
                 return Err(failed);
             }
             tracing::error!(instance = %slot.id, error = error_chain(&failed), "its record may not survive a power loss");
-        }
-        if durability == Durability::Renamed {
-            self.inner.write_behind.sync(&metadata);
         }
         self.stop_vmm(slot, &metadata).await?;
         Ok(metadata)
@@ -319,11 +317,21 @@ impl Engine {
 
     /// Ends the VMM, if this server knows one.
     pub(crate) async fn stop_vmm(&self, slot: &Slot, metadata: &Metadata) -> Result<(), EngineError> {
+        self.stop_vmm_in(slot, metadata, &self.dir(&slot.id)).await
+    }
+
+    /// The same, where the instance's files are in `dir` now.
+    pub(crate) async fn stop_vmm_in(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        dir: &InstanceDir,
+    ) -> Result<(), EngineError> {
         let running = slot.vmm();
         slot.set_vmm(None);
         if let Some(running) = running {
             let stopped = match self.hypervisor(&metadata.spec.hypervisor) {
-                Ok(hypervisor) => hypervisor.stop(&self.dir(&slot.id), &running.process).await,
+                Ok(hypervisor) => hypervisor.stop(dir, &running.process).await,
                 // This server was started without it, so nobody can ask the VMM; it can be ended all the same.
                 Err(_unknown) => running.process.terminate().await.map_err(VmmError::from),
             };

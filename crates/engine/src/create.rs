@@ -22,7 +22,7 @@ impl Engine {
     }
 
     async fn create_now(&self, request: CreateRequest) -> Result<Instance, EngineError> {
-        let mut stopwatch = Stopwatch::start(Operation::Start);
+        let stopwatch = Stopwatch::start(Operation::Start);
         let engine = self.clone();
         let (spec, request) = self
             .with_files(move |_| Ok((engine.admit(&request)?, request)))
@@ -36,18 +36,32 @@ impl Engine {
             VmGeneration::random(),
             jiff::Timestamp::now(),
         );
-        let made = metadata.clone();
+        let first = until_booted(&metadata, request.start);
         self.with_files(move |store| {
             let new = store.begin(id)?;
-            disks::make_first(new.dir(), &made.spec)?;
-            disks::sync(new.dir(), &made.spec)?;
-            Ok(new.commit(&made, Durability::Synced)?)
+            disks::make_first(new.dir(), &first.spec)?;
+            disks::sync(new.dir(), &first.spec)?;
+            Ok(new.commit(&first, Durability::Synced)?)
         })
         .await?;
+        self.boot_first(reservation, metadata, request.start, stopwatch)
+            .await
+    }
+
+    /// Boots an instance that was just made, if it is to run, and shows it. If it cannot be booted, it is not made.
+    pub(crate) async fn boot_first(
+        &self,
+        reservation: Reservation,
+        metadata: Metadata,
+        is_to_run: bool,
+        mut stopwatch: Stopwatch,
+    ) -> Result<Instance, EngineError> {
         let (slot, _guard) = reservation.commit(&metadata);
         stopwatch.lap("create");
-        if request.start
-            && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
+        if is_to_run
+            && let Err(failed) = self
+                .boot(&slot, metadata, Durability::Synced, &mut stopwatch)
+                .await
         {
             self.discard(&slot).await?;
             return Err(failed);
@@ -68,5 +82,14 @@ impl Engine {
             }
         };
         self.inner.registry.reserve(name)
+    }
+}
+
+/// The first record of an instance. One that is to run is not made before it is booted: if the server dies before that, the next
+/// one deletes it.
+pub(crate) fn until_booted(metadata: &Metadata, is_to_run: bool) -> Metadata {
+    Metadata {
+        delete_after: is_to_run || metadata.delete_after,
+        ..metadata.clone()
     }
 }

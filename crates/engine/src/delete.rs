@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use stencil_core::rules::{self, Decision, LiveFork, Operation};
-use stencil_core::{Durability, InstanceId, Metadata, State, StoreError, error_chain};
+use stencil_core::{InstanceDir, InstanceId, Metadata, State, StoreError, error_chain};
 use stencil_vmm::{StrayProcess, stray_processes};
 
 use crate::registry::{Reservation, Slot};
@@ -63,25 +63,43 @@ impl Engine {
         slot: &Arc<Slot>,
     ) -> Result<Option<Reservation>, EngineError> {
         let id = slot.id;
-        self.disarm(slot).await;
         let record = self.read(&id);
+        // That it goes is recorded first: where it cannot be, its VMM stays. If the server dies after it, the next one ends the VMM.
+        let dir = self.on_disk(move |store| store.begin_removal(&id)).await?;
+        self.disarm(slot).await;
+        if let Err(failed) = self.end_vmms(slot, record.as_ref().ok(), &dir).await {
+            if let Err(error) = self.on_disk(move |store| store.undo_removal(&id)).await {
+                tracing::error!(instance = %id, error = error_chain(&error), "an instance cannot be brought back whose VMM cannot be ended");
+            }
+            self.refill(slot);
+            return Err(failed);
+        }
+        if let Err(error) = self.on_disk(move |store| store.finish_removal(&id)).await {
+            tracing::error!(instance = %id, error = error_chain(&error), "files of a deleted instance stay until the next start");
+        }
+        Ok(self.inner.registry.remove(slot))
+    }
+
+    /// Ends the VMM of an instance whose files lie in `dir` now, and any other that works there.
+    async fn end_vmms(
+        &self,
+        slot: &Slot,
+        record: Option<&Metadata>,
+        dir: &InstanceDir,
+    ) -> Result<(), EngineError> {
         // Where the record tells the VMM, its end is proved. Else only the host knows it, and asking the host costs a look
         // at each of its processes.
-        let only_host_knows = record.is_err() || self.inner.registry.may_have_lost_vmm(slot);
-        if let Ok(metadata) = record {
-            let without = Metadata {
-                vmm: None,
-                ..metadata
-            };
-            // A disk that is too full for a new record must not stand in the way of what makes room.
-            if let Err(error) = self.rewrite(&without, Durability::Renamed) {
-                tracing::warn!(instance = %slot.id, error = error_chain(&error), "deleting it without a new record");
-            }
-            self.stop_vmm(slot, &without).await?;
+        let only_host_knows = record.is_none() || self.inner.registry.may_have_lost_vmm(slot);
+        if let Some(metadata) = record {
+            let running = slot.vmm();
+            // One that cannot be ended is still its VMM.
+            self.stop_vmm_in(slot, metadata, dir)
+                .await
+                .inspect_err(|_| slot.set_vmm(running))?;
         }
         slot.set_vmm(None);
         if only_host_knows {
-            let dir = self.dir(&id);
+            let (id, dir) = (slot.id, dir.clone());
             let strays = self.with_files(move |_| strays_below(&id, dir.path())).await?;
             for stray in &strays {
                 self.end_stray(stray)
@@ -89,8 +107,7 @@ impl Engine {
                     .map_err(|error| EngineError::vmm(id)(error.into()))?;
             }
         }
-        self.on_disk(move |store| store.remove(&id)).await?;
-        Ok(self.inner.registry.remove(slot))
+        Ok(())
     }
 }
 

@@ -171,8 +171,15 @@ impl Engine {
         Ok(self.inner.store.read(id)?)
     }
 
-    pub(crate) fn rewrite(&self, metadata: &Metadata, durability: Durability) -> Result<(), EngineError> {
-        self.inner.store.write(metadata, durability)?;
+    /// Writes the record of an instance that is there. One that need not be on disk before the answer is synced behind it.
+    pub(crate) async fn rewrite(
+        &self,
+        metadata: &Metadata,
+        durability: Durability,
+    ) -> Result<(), EngineError> {
+        let record = metadata.clone();
+        self.on_disk(move |store| store.write(&record, durability))
+            .await?;
         if durability == Durability::Renamed {
             self.inner.write_behind.sync(metadata);
         }

@@ -9,6 +9,7 @@ use stencil_vmm::VmmError;
 
 use crate::begin::{NotBegun, fork_metadata};
 use crate::bring_up::SnapshotSource;
+use crate::create::until_booted;
 use crate::disks;
 use crate::fork_base::{ForkBase, put_back};
 use crate::hot_list::HotPagesUse;
@@ -263,7 +264,8 @@ impl Engine {
             .clone()
             .filter(|_| base.plan.target == State::Standby);
         stopwatch.lap("decide");
-        let made = metadata.clone();
+        let is_to_run = base.plan.target == State::Running;
+        let made = until_booted(&metadata, is_to_run);
         let (from, keeps_disks) = (self.dir(&base.source.id), base.plan.keeps_disks);
         self.with_files(move |store| {
             let new = store.begin(made.id)?;
@@ -279,16 +281,7 @@ impl Engine {
             Ok(new.commit(&made, Durability::Synced)?)
         })
         .await?;
-        let (slot, _guard) = reservation.commit(&metadata);
-        stopwatch.lap("create");
-        if base.plan.target == State::Running
-            && let Err(failed) = self.boot(&slot, metadata, &mut stopwatch).await
-        {
-            self.discard(&slot).await?;
-            return Err(failed);
-        }
-        slot.finished(stopwatch.timings());
-        self.show(&slot).await
+        self.boot_first(reservation, metadata, is_to_run, stopwatch).await
     }
 
     /// A fork of a snapshot: an armed one, or else one that is prepared now.

@@ -80,6 +80,9 @@ impl Engine {
             let disks = seen.metadata.spec.disks.clone();
             self.with_files(move |_| check_bases(&disks)).await?;
         }
+        if matches!(plan.from, ForkFrom::Running) {
+            self.check_writable(source).await?;
+        }
         let armed = if is_armed_for(&plan) {
             source.pool.take(count)
         } else {

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use stencil_core::State;
 use stencil_core::rules::{self, Decision, Operation};
+use stencil_core::{Durability, State};
 
 use crate::instance::Stopwatch;
 use crate::observe::Seen;
@@ -79,6 +79,9 @@ impl Engine {
             let mut stopwatch = Stopwatch::start(change.operation());
             let seen = engine.observe(&slot).await?;
             if engine.decide(&slot, seen.state(), change.operation()).await? == Decision::Act {
+                if change.is_recorded() {
+                    engine.check_writable(&slot).await?;
+                }
                 stopwatch.lap("decide");
                 engine.act(&slot, seen, change, &mut stopwatch).await?;
                 slot.finished(stopwatch.timings());
@@ -87,6 +90,12 @@ impl Engine {
             engine.show(&slot).await
         })
         .await
+    }
+
+    /// What cannot be recorded is not begun.
+    pub(crate) async fn check_writable(&self, slot: &Slot) -> Result<(), EngineError> {
+        let id = slot.id;
+        self.on_disk(move |store| store.check_writable(&id)).await
     }
 
     async fn decide(&self, slot: &Slot, state: State, operation: Operation) -> Result<Decision, EngineError> {
@@ -112,7 +121,7 @@ impl Engine {
             observed,
         } = seen;
         match change {
-            Change::Start => self.boot(slot, metadata, stopwatch).await,
+            Change::Start => self.boot(slot, metadata, Durability::Renamed, stopwatch).await,
             Change::Stop => self.shut_down(slot, metadata, observed.state, stopwatch).await,
             Change::Pause => self.pause_vm(slot, &metadata, stopwatch).await,
             Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
@@ -150,6 +159,11 @@ pub(crate) enum Change {
 }
 
 impl Change {
+    /// Whether it is to be found on disk.
+    const fn is_recorded(self) -> bool {
+        !matches!(self, Self::Pause | Self::Resume)
+    }
+
     fn operation(self) -> Operation {
         match self {
             Self::Start => Operation::Start,

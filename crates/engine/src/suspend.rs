@@ -249,7 +249,9 @@ impl Engine {
             memory_mode_reason: back.memory.reason.or(kept),
             ..metadata
         };
-        let metadata = self.take_on(slot, back.process, back.record, metadata).await?;
+        let metadata = self
+            .take_on(slot, back.process, back.record, metadata, Durability::Renamed)
+            .await?;
         stopwatch.lap("record");
         let changes = self.changes(slot)?;
         self.resume_vm(slot, &metadata, stopwatch).await?;

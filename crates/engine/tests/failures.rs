@@ -6,6 +6,8 @@
 mod agent;
 mod armed;
 mod boot_files;
+#[path = "../../../fixtures/disk.rs"]
+mod disk;
 mod disks;
 mod hostile;
 mod hot_pages;
@@ -14,6 +16,9 @@ mod index;
 mod owners;
 mod power;
 mod scripted;
+#[path = "../../../fixtures/skipped.rs"]
+mod skipped;
+mod storage;
 
 use std::fs;
 use std::path::PathBuf;

@@ -40,6 +40,14 @@ pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
+/// Makes a file in a directory and removes it.
+pub(super) fn try_to_write(dir: &Path) -> Result<(), StoreError> {
+    let number = TEMPORARY.fetch_add(1, Ordering::Relaxed);
+    let path = dir.join(format!("{TEMPORARY_PREFIX}{number}-trial"));
+    write_new(&path, b"", Durability::Renamed)?;
+    fs::remove_file(&path).while_trying("remove", &path)
+}
+
 /// Replaces the file at `path`, which is then its owner's alone (0600).
 pub(super) fn replace(path: &Path, content: &[u8], durability: Durability) -> Result<(), StoreError> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {

@@ -15,7 +15,7 @@ use crate::layout::SnapshotDir;
 use crate::manifest::SnapshotManifest;
 use crate::observe::SnapshotFacts;
 use crate::store::error::{IoContext, StoreError};
-use crate::store::{Durability, Store, atomic};
+use crate::store::{Durability, Store, atomic, is_missing};
 
 impl Store {
     /// What is on disk of an instance's snapshot. Everything but a missing or prepared manifest and a snapshot that is all
@@ -100,6 +100,9 @@ impl Store {
     /// [`StoreError::Io`]; then it exists, except where only the sync failed.
     pub fn spend_snapshot(&self, id: &InstanceId, durability: Durability) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
+        if is_missing(dir.path()) {
+            return Ok(());
+        }
         forget(&dir.prepared_manifest(self.boot.id()))?;
         match fs::rename(dir.manifest(), dir.spent_manifest()) {
             Err(error) if error.kind() == ErrorKind::NotFound => forget(&dir.spent_manifest()),
@@ -129,6 +132,9 @@ impl Store {
     /// [`StoreError::Io`]. If it fails half-way, there is no snapshot any more.
     pub fn discard_snapshot(&self, id: &InstanceId) -> Result<(), StoreError> {
         let dir = self.data.instance(id).snapshot();
+        if is_missing(dir.path()) {
+            return Ok(());
+        }
         forget(&dir.prepared_manifest(self.boot.id()))?;
         match fs::remove_file(dir.manifest()) {
             Ok(()) => atomic::sync_dir(dir.path())?,

@@ -5,6 +5,8 @@
 )]
 
 mod crash;
+#[path = "../../../../fixtures/disk.rs"]
+mod disk;
 mod docs;
 mod fork;
 mod given;

@@ -1,78 +1,14 @@
-//! What a power loss takes. It is made on a file system of its own in a file: what of that file is written at a moment is what a
-//! disk holds when its power is cut then.
+//! What a power loss takes.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use stencil_core::{
     InstanceId, MemoryMode, Metadata, Scanned, Store, StoreError, UnreadableCause, sync_records,
 };
-use tempfile::TempDir;
 
+use crate::disk::Disk;
 use crate::given;
-use crate::skipped::skipped;
-
-/// A file system in a file, mounted until it is dropped.
-struct Disk {
-    scratch: TempDir,
-    mounts: Vec<PathBuf>,
-}
-
-impl Disk {
-    /// Nothing, and a loud word, where this user may not mount.
-    fn new() -> Option<Self> {
-        let scratch = tempfile::tempdir().unwrap();
-        let mut disk = Self {
-            scratch,
-            mounts: Vec::new(),
-        };
-        let file = disk.file("disk");
-        fs::File::create(&file).unwrap().set_len(16 << 20).unwrap();
-        let made = Command::new("mkfs.ext4").arg("-q").arg(&file).status();
-        if !made.is_ok_and(|made| made.success()) || disk.mount("disk").is_none() {
-            skipped("this user can make or mount no ext4 in a file; run it as root, with e2fsprogs");
-            return None;
-        }
-        Some(disk)
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(format!("{name}.ext4"))
-    }
-
-    fn mount(&mut self, name: &str) -> Option<PathBuf> {
-        let at = self.scratch.path().join(name);
-        fs::create_dir(&at).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-o", "loop"])
-            .args([&self.file(name), &at])
-            .status();
-        mounted.is_ok_and(|mounted| mounted.success()).then(|| {
-            self.mounts.push(at.clone());
-            at
-        })
-    }
-
-    fn data(&self) -> PathBuf {
-        self.mounts[0].join("data")
-    }
-
-    /// The data directory as it is found after a power loss at this moment.
-    fn after_power_loss(&mut self, name: &str) -> PathBuf {
-        fs::copy(self.file("disk"), self.file(name)).unwrap();
-        self.mount(name).unwrap().join("data")
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        for at in &self.mounts {
-            let unmounted = Command::new("umount").arg(at).status().unwrap();
-            assert!(unmounted.success() || std::thread::panicking());
-        }
-    }
-}
 
 /// The kernel writes the journal at times of its own, and what is in it then is more than what was synced.
 fn write_the_journal(data: &Path) {
@@ -98,10 +34,10 @@ fn found(store: &Store, id: &InstanceId) -> Scanned {
 #[test]
 fn a_record_is_lost_in_a_power_loss_until_it_is_synced_behind_its_request() {
     let Some(mut disk) = Disk::new() else { return };
-    let store = Store::open(&disk.data()).unwrap();
+    let store = Store::open(disk.path()).unwrap();
     let metadata = given::record("web");
     given::instance(&store, &metadata);
-    write_the_journal(&disk.data());
+    write_the_journal(disk.path());
 
     let before = Store::open(&disk.after_power_loss("before")).unwrap();
     assert!(

@@ -1,4 +1,4 @@
-//! Records that are lost: each can be deleted by its id alone, and what a power loss left nothing of is swept.
+//! Instances that a crash or a power loss left: each can be deleted by its id alone, and what is of no use is swept.
 
 use std::fs;
 
@@ -132,4 +132,34 @@ async fn forks_that_ran_when_the_host_went_down_are_swept_at_its_next_boot() {
     house.engine.start("web").await.unwrap();
     house.engine.delete(&forks[2]).await.unwrap();
     house.engine.demote("warm").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_instance_that_is_being_booted_for_the_first_time_goes_with_its_server() {
+    let house = House::new().await;
+    house.running("web").await;
+    let id = house.engine.get("web").await.unwrap().id;
+    let record = house.metadata_path(&id);
+    // What a server that dies now would leave.
+    let amid = house.hypervisor.record_at_boot.lock().unwrap().clone();
+    let house = house.restart().await;
+    assert_eq!(house.engine.get("web").await.unwrap().state, State::Running);
+    let house = house.restart_after(|| fs::write(&record, amid).unwrap()).await;
+    assert!(house.engine.get("web").await.is_err());
+    assert_eq!(house.directories(), [] as [&str; 0]);
+    assert_eq!(house.processes(), [] as [u32; 0]);
+}
+
+#[tokio::test]
+async fn a_server_that_dies_amid_a_deletion_leaves_it_to_the_next() {
+    let house = House::new().await;
+    house.running("web").await;
+    let id = house.engine.get("web").await.unwrap().id.to_string();
+    let instances = house.data.path().join("instances");
+    let house = house
+        .restart_after(|| fs::rename(instances.join(&id), instances.join(format!(".del-{id}"))).unwrap())
+        .await;
+    assert!(house.engine.get("web").await.is_err());
+    assert_eq!(house.directories(), [] as [&str; 0]);
+    assert_eq!(house.processes(), [] as [u32; 0]);
 }

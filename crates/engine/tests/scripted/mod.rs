@@ -26,6 +26,8 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 
+use crate::disk::Disk;
+
 type AsItEnds = Box<dyn FnMut(&InstanceDir) + Send>;
 
 #[derive(Default)]
@@ -41,6 +43,8 @@ pub(crate) struct Scripted {
     restored: Mutex<Vec<VmGeneration>>,
     recording: Mutex<HashSet<OsString>>,
     version: Mutex<Option<&'static str>>,
+    /// What was on disk when a VM was booted last.
+    pub(crate) record_at_boot: Mutex<String>,
     /// Tells that a VMM has said how its VM is.
     pub(crate) asked: Notify,
     /// Where the guest's ends of streams to agents go; without, guests have no port for one.
@@ -155,7 +159,9 @@ impl Scripted {
 /// The instance's id, also while its directory has the name of an instance that is being made.
 fn key(dir: &InstanceDir) -> OsString {
     let name = dir.path().file_name().unwrap().to_str().unwrap();
-    name.trim_start_matches(".new-").into()
+    name.trim_start_matches(".new-")
+        .trim_start_matches(".del-")
+        .into()
 }
 
 #[async_trait]
@@ -202,6 +208,8 @@ impl Hypervisor for Scripted {
 
     async fn boot(&self, dir: &InstanceDir) -> Result<(), VmmError> {
         self.call("boot")?;
+        let record = fs::read_to_string(dir.metadata()).unwrap();
+        *self.record_at_boot.lock().unwrap() = record;
         self.set(dir, VmPhase::Running);
         Ok(())
     }
@@ -346,7 +354,15 @@ pub(crate) struct House {
 
 impl House {
     pub(crate) async fn new() -> Self {
-        let data = tempfile::tempdir().unwrap();
+        Self::with(tempfile::tempdir().unwrap()).await
+    }
+
+    /// One whose data directory is on this disk.
+    pub(crate) async fn on(disk: &Disk) -> Self {
+        Self::with(tempfile::tempdir_in(disk.path()).unwrap()).await
+    }
+
+    async fn with(data: TempDir) -> Self {
         let hypervisor = Arc::new(Scripted::default());
         let engine = open(&data, &hypervisor).await;
         Self {
