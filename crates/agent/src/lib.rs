@@ -1,10 +1,11 @@
 //! What the host and the agent inside a Linux guest say to each other, for both sides: messages, and the frames in which
-//! they travel. It does no I/O: whoever holds the stream gives bytes to a [`Decoder`] and writes what [`encode`] makes.
+//! they travel. They do no I/O: whoever holds the stream gives bytes to a [`Decoder`] and writes what [`encode`] makes.
 //!
 //! | module | role |
 //! |---|---|
 //! | [`message`] | what is said: [`ToGuest`], [`ToHost`] and their parts |
 //! | [`frame`] | how a message becomes bytes, and how bytes that may be anything become messages |
+//! | [`archive`] | files that go in and out, as what a command reads or writes |
 //!
 //! The stream is a pipe of bytes that outlives both sides: a host program may vanish in the middle of a frame, an agent may
 //! be started anew, and a fork of a VM begins with whatever its template had half said. So frames find their own
@@ -45,6 +46,7 @@
 //! # }
 //! ```
 
+pub mod archive;
 pub mod frame;
 pub mod message;
 
@@ -61,6 +63,5 @@ pub const VSOCK_PORT: u32 = 1024;
 pub const PORT_NAME: &str = "org.stencil.agent";
 
 /// What [`Exec::argv`] names first to run the agent itself, which brings files out and in without anything of the guest's:
-/// `[PROGRAM, "pack", PATH]` writes a tar archive with `PATH` under its own name to its output, `[PROGRAM, "unpack", DIR]` takes
-/// one from its input and lets nothing get beyond `DIR`.
+/// `[PROGRAM, "pack", PATH]` writes an [`archive`] of `PATH` to its output, `[PROGRAM, "unpack", TARGET]` takes one from its input.
 pub const PROGRAM: &str = "/proc/self/exe";

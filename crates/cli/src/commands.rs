@@ -17,7 +17,7 @@ use stencil_api::request::{ChangeInstance, PromoteTemplate};
 
 use crate::args::ClientCommand;
 use crate::failure::Failure;
-use crate::output::Reader;
+use crate::output::{Reader, printable};
 use crate::{place, table};
 
 pub(crate) fn run(command: ClientCommand, socket: Option<PathBuf>, json: bool) -> Result<(), Failure> {
@@ -90,7 +90,7 @@ async fn delete_each(
         (Some(last), all) => {
             failed.push(last);
             for (name, failure) in &failed {
-                eprintln!("error: {name}: {}", failure.sentence());
+                eprintln!("error: {name}: {}", printable(&failure.sentence()));
             }
             Err(Failure::SomeFailed { failed: count, all })
         }

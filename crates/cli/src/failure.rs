@@ -10,6 +10,8 @@ use stencil_core::{State, error_chain};
 use stencil_engine::EngineError;
 use stencil_vmm::VmmError;
 
+use crate::output::printable;
+
 /// A command that was not done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
@@ -33,7 +35,9 @@ pub(crate) enum Failure {
     #[error("{0}")]
     Copy(String),
     #[error("cannot copy")]
-    Archive(#[source] io::Error),
+    Archive(#[source] stencil_agent::archive::ArchiveError),
+    #[error("cannot wait for signals")]
+    Signal(#[source] io::Error),
     #[error("cannot use the terminal")]
     Terminal(#[source] io::Error),
     #[error("cannot read the standard input")]
@@ -78,7 +82,7 @@ impl Failure {
         if matches!(self, Self::Ended { .. }) {
             return;
         }
-        eprintln!("error: {}", self.sentence());
+        eprintln!("error: {}", printable(&self.sentence()));
         if json && let Self::Client(ClientError::Refused { body, .. }) = self {
             println!("{}", json!(body));
         }

@@ -25,7 +25,8 @@ impl Reader {
         told: impl FnOnce(&T) -> String,
     ) -> Result<(), Failure> {
         match self {
-            Self::Person => write(told(reply).as_bytes()),
+            // Some of it are words of guests and of other clients.
+            Self::Person => write(printable(&told(reply)).as_bytes()),
             Self::Program => {
                 let json = serde_json::to_string(reply).map_err(|error| Failure::Output(error.into()))?;
                 write(json.as_bytes())
@@ -35,6 +36,29 @@ impl Reader {
     }
 }
 
+/// Text of several lines in which nothing moves the cursor, changes colours or rings the bell of a terminal: control characters are
+/// escaped.
+pub(crate) fn printable(text: &str) -> String {
+    escaped(text, |char| char.is_control() && char != '\n')
+}
+
+/// The same of text that is one line.
+pub(crate) fn one_line(text: &str) -> String {
+    escaped(text, char::is_control)
+}
+
+fn escaped(text: &str, is_bad: fn(char) -> bool) -> String {
+    let mut told = String::with_capacity(text.len());
+    for char in text.chars() {
+        if is_bad(char) {
+            told.extend(char.escape_default());
+        } else {
+            told.push(char);
+        }
+    }
+    told
+}
+
 /// Writes bytes as they are, at once.
 pub(crate) fn write(bytes: &[u8]) -> Result<(), Failure> {
     let mut output = io::stdout().lock();
@@ -42,4 +66,16 @@ pub(crate) fn write(bytes: &[u8]) -> Result<(), Failure> {
         .write_all(bytes)
         .and_then(|()| output.flush())
         .map_err(Failure::Output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_is_told_moves_the_cursor() {
+        let words = "é\u{1b}[2J\r\u{9b}1m\u{7}\n\tend";
+        assert_eq!(printable(words), "é\\u{1b}[2J\\r\\u{9b}1m\\u{7}\n\\tend");
+        assert_eq!(one_line("a\nb"), "a\\nb");
+    }
 }

@@ -13,6 +13,7 @@ use stencil_api::reply::{Agent, AgentStatus, ForkList, ForkOutcome, Instance, Me
 use stencil_core::{DiskSpec, Readiness};
 
 use crate::doctor::{Diagnosis, Mark};
+use crate::output::one_line;
 
 pub(crate) use images::{image, images};
 
@@ -47,7 +48,7 @@ pub(crate) fn instances(list: &[Instance], now: Timestamp) -> String {
             or_nothing(instance.created_at.map(|made| age(made, now))),
         ]);
         if let Some(error) = &instance.state_error {
-            errors.push_str(&format!("\n{}: {error}", name(instance)));
+            errors.push_str(&format!("\n{}: {}", name(instance), one_line(error)));
         }
     }
     align_right(&mut table, &[3, 4, 6]);
@@ -95,7 +96,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
     line("name", instance.name.as_ref().map(ToString::to_string));
     line("id", Some(instance.id.to_string()));
     line("state", Some(instance.state.to_string()));
-    line("state error", instance.state_error.clone());
+    line("state error", instance.state_error.as_deref().map(one_line));
     line(
         "hypervisor",
         instance.hypervisor.as_ref().map(ToString::to_string),
@@ -211,7 +212,7 @@ pub(crate) fn changed(instance: &Instance) -> String {
         ));
     }
     if let Some(error) = &instance.state_error {
-        sentence.push_str(&format!("\n{error}"));
+        sentence.push_str(&format!("\n{}", one_line(error)));
     }
     sentence
 }
@@ -292,7 +293,7 @@ fn agent(agent: &Agent) -> String {
         (AgentStatus::Absent, _) => "none has answered".to_owned(),
         (AgentStatus::Connected, _) => "has answered, and is not ready".to_owned(),
         (AgentStatus::Ready, _) => "ready".to_owned(),
-        (AgentStatus::Failed, Some(why)) => format!("failed: {why}"),
+        (AgentStatus::Failed, Some(why)) => format!("failed: {}", one_line(why)),
         (AgentStatus::Failed, None) => "failed".to_owned(),
     }
 }
@@ -311,7 +312,7 @@ fn disks(disks: &[DiskSpec]) -> String {
 fn labels(labels: &std::collections::BTreeMap<String, String>) -> String {
     labels
         .iter()
-        .map(|(key, value)| format!("{key}={value}"))
+        .map(|(key, value)| one_line(&format!("{key}={value}")))
         .collect::<Vec<_>>()
         .join("\n")
 }

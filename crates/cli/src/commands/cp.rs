@@ -1,25 +1,32 @@
-//! `stencil cp`: files and directories into a guest and out of it, by the agent in it, which packs and unpacks tar streams.
+//! `stencil cp`: files and directories into a guest and out of it. The agent in it packs and unpacks on its side
+//! (`stencil_agent::archive`).
 
-mod archive;
+mod chunks;
 
-use std::io;
+use std::ffi::OsString;
+use std::fs;
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use stencil_agent::PROGRAM as AGENT;
+use stencil_agent::archive::{self, ArchiveError, Notes, PARTIAL};
 use stencil_api::client::{Client, CommandEvent};
-use stencil_api::exec::{CommandEnd, RunCommand, StreamCommand, ToCommand};
-use stencil_engine::AGENT_PROGRAM as AGENT;
+use stencil_api::exec::{CommandEnd, StreamCommand, ToCommand};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use self::chunks::{CHUNK, Chunks, Stream};
 use super::reference;
 use crate::args::Cp;
 use crate::failure::Failure;
+use crate::output::printable;
 
 /// How many chunks of an archive are between who makes it and who takes it.
 const CHUNKS: usize = 4;
 /// The most bytes of what the guest complains that are told.
-const COMPLAINT: usize = 4 << 10;
+const COMPLAINT: usize = 16 << 10;
 
 /// One side of a copy.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,24 +66,15 @@ pub(super) async fn cp(asked: Cp, client: &Client) -> Result<(), Failure> {
 
 /// Into the guest: below `path` if that is a directory there, else as `path`.
 async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), Failure> {
-    // Nothing unpacks into a directory and into nothing else.
-    let probe = client.exec(id, &RunCommand::new([AGENT, "unpack", path])).await?;
-    let (directory, name) = if probe.end.code() == 0 {
-        (path, None)
-    } else {
-        let (directory, name) = split(path).ok_or_else(|| {
-            Failure::Copy(format!(
-                "{path} is no directory in the guest; name one that is there"
-            ))
-        })?;
-        (directory, Some(name.to_owned()))
-    };
-    let (chunks, mut packed) = mpsc::channel(CHUNKS);
+    let name = own_name(from)?;
+    let (sender, mut packed) = mpsc::channel(CHUNKS);
     let from = from.to_owned();
-    let packing = tokio::task::spawn_blocking(move || archive::pack(&from, name.as_deref(), chunks));
+    let packing = tokio::task::spawn_blocking(move || {
+        archive::pack(&from, &name, BufWriter::with_capacity(CHUNK, Chunks(sender)))
+    });
     let command = StreamCommand {
         stdin: true,
-        ..command(["unpack", directory])
+        ..command(["unpack", path])
     };
     let (input, mut output) = client.exec_stream(id, &command).await?;
     let feeding = async {
@@ -86,59 +84,110 @@ async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), 
             }
         }
         drop(packed);
-        // What could not be packed is not unpacked as if it were whole: the command is killed with its connection.
-        if let Err(failed) = finished(packing).await {
-            return failed;
-        }
+        let packed = finished(packing).await;
+        // An archive that ends before its end is not unpacked, and nothing is left of it.
         let _ = input.tell(ToCommand::StdinClosed).await;
-        std::future::pending().await
+        packed
     };
-    let mut complaint = Vec::new();
     let ending = async {
+        let mut complaint = Vec::new();
         loop {
             match output.next().await? {
                 CommandEvent::Stderr(bytes) => complain(&mut complaint, &bytes),
                 CommandEvent::Stdout(_) => {}
-                CommandEvent::Exited(end) => return Ok::<_, Failure>(end),
+                CommandEvent::Exited(end) => return Ok::<_, Failure>((end, complaint)),
             }
         }
     };
-    let end = tokio::select! {
-        end = ending => end?,
-        failed = feeding => return Err(failed),
+    let interrupted = interruption();
+    tokio::pin!(feeding, ending, interrupted);
+    let (packed, (end, complaint)) = tokio::select! {
+        packed = &mut feeding => (Some(packed), ending.await?),
+        end = &mut ending => (None, end?),
+        code = &mut interrupted => {
+            let _ = input.tell(ToCommand::StdinClosed).await;
+            let _ = ending.await;
+            return Err(Failure::Ended { code: code? });
+        }
     };
-    succeeded(end, &complaint)
+    // Why it could not be packed says more than that its archive is damaged.
+    let is_partial = match packed {
+        Some(packed) => tell(&packed?),
+        None => false,
+    };
+    succeeded(end, &complaint, is_partial)
 }
 
 /// Out of the guest: below `to` if that is a directory here, else as `to`.
 async fn pull(id: &str, path: &str, to: &Path, client: &Client) -> Result<(), Failure> {
+    let asked = Path::new(path).file_name().map(OsString::from);
+    let asked = match asked {
+        Some(asked) => asked,
+        None if to.is_dir() => {
+            return Err(Failure::Copy(format!(
+                "{path} has no name to be copied under; give one, such as {}",
+                to.join("copy").display()
+            )));
+        }
+        None => OsString::from("copy"),
+    };
     let (_input, mut output) = client.exec_stream(id, &command(["pack", path])).await?;
     let (chunks, packed) = mpsc::channel::<Bytes>(CHUNKS);
     let to = to.to_owned();
-    let (whole, is_whole) = std::sync::mpsc::channel();
-    let unpacking = tokio::task::spawn_blocking(move || archive::unpack(&to, packed, &is_whole));
+    let (whole, is_whole) = std::sync::mpsc::channel::<()>();
+    let unpacking = tokio::task::spawn_blocking(move || {
+        let unpacked = archive::unpack(Stream::new(packed), &to, archive::From::Stranger(&asked))?;
+        match is_whole.recv() {
+            Ok(()) => unpacked.keep(),
+            // Why not, the guest tells.
+            Err(_) => Ok(Notes::default()),
+        }
+    });
     let mut complaint = Vec::new();
-    let end = loop {
-        match output.next().await? {
-            CommandEvent::Stdout(bytes) => {
-                if chunks.send(bytes).await.is_err() {
-                    // It is not taken any further, and says why.
-                    finished(unpacking).await?;
-                    return Err(Failure::Copy("the guest sent more than an archive".to_owned()));
+    let receiving = async {
+        loop {
+            match output.next().await? {
+                CommandEvent::Stdout(bytes) => {
+                    // Where it is not taken any further, who unpacks says why.
+                    if chunks.send(bytes).await.is_err() {
+                        return Ok(None);
+                    }
                 }
+                CommandEvent::Stderr(bytes) => complain(&mut complaint, &bytes),
+                CommandEvent::Exited(end) => return Ok::<_, Failure>(Some(end)),
             }
-            CommandEvent::Stderr(bytes) => complain(&mut complaint, &bytes),
-            CommandEvent::Exited(end) => break end,
         }
     };
-    let sent = succeeded(end, &complaint);
-    if sent.is_ok() {
+    let received = tokio::select! {
+        received = receiving => received,
+        code = interruption() => Err(Failure::Ended { code: code? }),
+    };
+    let is_sent = matches!(&received, Ok(Some(end)) if matches!(end.code(), 0 | PARTIAL));
+    if is_sent {
         // Only then it takes its place. Nobody else waits for this.
         let _ = whole.send(());
     }
     drop((whole, chunks));
     let unpacked = finished(unpacking).await;
-    sent.and(unpacked)
+    match received? {
+        Some(end) if is_sent => succeeded(end, &complaint, tell(&unpacked?)),
+        Some(end) => succeeded(end, &complaint, false),
+        None => {
+            unpacked?;
+            Err(Failure::Copy("the guest sent more than an archive".to_owned()))
+        }
+    }
+}
+
+/// The name of what is at a path here, also of `.` and `a/..`.
+fn own_name(path: &Path) -> Result<OsString, Failure> {
+    let whole = match path.file_name() {
+        Some(name) => return Ok(name.to_owned()),
+        None => fs::canonicalize(path)
+            .map_err(|error| Failure::Archive(ArchiveError::Read(path.to_owned(), error)))?,
+    };
+    let name = whole.file_name().map(OsString::from);
+    name.ok_or_else(|| Failure::Archive(ArchiveError::NoName(path.to_owned())))
 }
 
 fn command<const N: usize>(words: [&str; N]) -> StreamCommand {
@@ -148,14 +197,14 @@ fn command<const N: usize>(words: [&str; N]) -> StreamCommand {
     }
 }
 
-/// The directory and the name of a path in a guest.
-fn split(path: &str) -> Option<(&str, &str)> {
-    let (directory, name) = match path.rsplit_once('/') {
-        Some(("", name)) => ("/", name),
-        Some((directory, name)) => (directory, name),
-        None => (".", path),
-    };
-    (!matches!(name, "" | "." | "..")).then_some((directory, name))
+/// Waits until a signal asks for the end; the exit code that tells it.
+async fn interruption() -> Result<u8, Failure> {
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::Signal)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Signal)?;
+    tokio::select! {
+        _ = interrupt.recv() => Ok(130),
+        _ = terminate.recv() => Ok(143),
+    }
 }
 
 fn complain(complaint: &mut Vec<u8>, bytes: &[u8]) {
@@ -163,15 +212,35 @@ fn complain(complaint: &mut Vec<u8>, bytes: &[u8]) {
     complaint.extend_from_slice(&bytes[..bytes.len().min(room)]);
 }
 
-fn succeeded(end: CommandEnd, complaint: &[u8]) -> Result<(), Failure> {
-    if end.code() == 0 {
-        return Ok(());
+/// Tells what was not copied as it is; whether something is missing.
+fn tell(notes: &Notes) -> bool {
+    for line in notes.lines() {
+        eprintln!("{line}");
     }
-    let complaint = String::from_utf8_lossy(complaint);
-    Err(Failure::Copy(format!("in the guest: {}", complaint.trim())))
+    notes.is_partial()
 }
 
-async fn finished(work: JoinHandle<io::Result<()>>) -> Result<(), Failure> {
+/// What the guest said and how its side ended.
+fn succeeded(end: CommandEnd, complaint: &[u8], is_partial: bool) -> Result<(), Failure> {
+    let complaint = String::from_utf8_lossy(complaint);
+    let complaint = complaint.trim();
+    let is_partial = match end.code() {
+        0 => is_partial,
+        PARTIAL => true,
+        _ => return Err(Failure::Copy(format!("in the guest: {}", printable(complaint)))),
+    };
+    for line in complaint.lines() {
+        eprintln!("in the guest: {}", printable(line));
+    }
+    if is_partial {
+        return Err(Failure::Copy(
+            "not all was copied; what is missing is named above".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+async fn finished<T>(work: JoinHandle<Result<T, ArchiveError>>) -> Result<T, Failure> {
     match work.await {
         Ok(done) => done.map_err(Failure::Archive),
         // Nobody aborts it, so the join fails only by its panic, which goes on here.
@@ -197,12 +266,13 @@ mod tests {
     }
 
     #[test]
-    fn a_path_has_a_directory_and_a_name() {
-        assert_eq!(split("/etc/hosts"), Some(("/etc", "hosts")));
-        assert_eq!(split("/hosts"), Some(("/", "hosts")));
-        assert_eq!(split("hosts"), Some((".", "hosts")));
-        for none in ["", "/", "a/", "a/..", "."] {
-            assert_eq!(split(none), None, "{none:?}");
-        }
+    fn what_is_here_has_a_name_also_where_its_path_has_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fs::canonicalize(dir.path()).unwrap();
+        let name = path.file_name().unwrap();
+        fs::create_dir(path.join("below")).unwrap();
+        assert_eq!(own_name(&path.join("below/..")).unwrap(), name);
+        assert_eq!(own_name(&path.join("below")).unwrap(), "below");
+        assert!(own_name(Path::new("/")).is_err());
     }
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use futures_util::{SinkExt, StreamExt};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::Value;
@@ -458,6 +458,7 @@ fn files_and_directories_are_copied_in_and_out() {
     for (from, to, why) in [
         ("none", there.clone(), "No such file"),
         ("tree", format!("{there}/none/where"), "no directory"),
+        ("tree", there.clone(), "is there already"),
         ("tree", "back".to_owned(), "one side of a copy is here"),
     ] {
         let failed = cp(from, &to);
@@ -469,6 +470,7 @@ fn files_and_directories_are_copied_in_and_out() {
     for (from, to, why) in [
         ("none", "back/none", "could not read"),
         ("tree", "back", "is there already"),
+        ("tree/..", "back", "has no name to be copied under"),
     ] {
         let failed = cp(&format!("{there}/{from}"), to);
         assert!(
@@ -478,6 +480,73 @@ fn files_and_directories_are_copied_in_and_out() {
     }
     assert_eq!(fs::read_dir(here.join("back")).unwrap().count(), 4);
     assert_eq!(fs::read_dir(&guest).unwrap().count(), 2);
+}
+
+#[test]
+fn a_copy_that_is_interrupted_leaves_nothing_on_either_side() {
+    let guests = Guests::start();
+    let (here, guest) = (guests.dir.path().join("here"), guests.dir.path().join("in-guest"));
+    for dir in [&here, &guest] {
+        fs::create_dir(dir).unwrap();
+    }
+    // More than anybody copies while a signal is on its way.
+    let endless = guests.dir.path().join("endless");
+    fs::File::create(&endless).unwrap().set_len(1 << 40).unwrap();
+    let (endless, there) = (endless.display().to_string(), format!("web:{}", guest.display()));
+    for (from, to, place) in [
+        (format!("web:{endless}"), here.display().to_string(), &here),
+        (endless, there, &guest),
+    ] {
+        for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+            let mut copy = guests.command(&["cp", &from, &to]).spawn().unwrap();
+            while fs::read_dir(place).unwrap().next().is_none() {
+                assert!(copy.try_wait().unwrap().is_none(), "it ended by itself");
+                std::thread::yield_now();
+            }
+            kill_process(Pid::from_child(&copy), signal).unwrap();
+            assert_eq!(copy.wait().unwrap().code(), Some(code), "{from} {to}");
+            assert_eq!(fs::read_dir(place).unwrap().count(), 0, "{from} {to}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_copied_is_named() {
+    let guests = Guests::start();
+    let here = guests.dir.path();
+    let tree = here.join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "x").unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        tree.join("pipe"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let copy = |from: &str, to: &str| done(&mut guests.command(&["cp", from, to]));
+    let inside = here.join("in");
+    let copied = copy("tree", &format!("web:{}", inside.display()));
+    assert_eq!(
+        (copied.code, copied.stderr.as_str()),
+        (0, "left out tree/pipe: it is a pipe\n")
+    );
+    assert_eq!(fs::read_dir(&inside).unwrap().count(), 1);
+    let copied = copy(&format!("web:{}", tree.display()), "out");
+    assert_eq!(copied.code, 0);
+    assert!(
+        copied.stderr.ends_with("/tree/pipe: it is a pipe\n"),
+        "{copied:?}"
+    );
+    let partial = copy("web:/proc/1/attr", "attr");
+    assert_eq!(partial.code, 1);
+    assert!(
+        partial.stderr.contains("/current: could not read it")
+            && partial.stderr.contains("not all was copied"),
+        "{partial:?}"
+    );
+    assert!(here.join("attr").is_dir());
 }
 
 #[test]

@@ -14,10 +14,8 @@
 //! | `signals`, `button` | ends of child processes, and requests to end |
 //! | `init` | what the first process of a machine has to do besides |
 //! | `modules` | loads the image's kernel modules |
-//! | `archive` | `pack` and `unpack`: files in and out as a tar stream |
 
 mod agent;
-mod archive;
 mod button;
 mod cgroups;
 mod command;
@@ -31,10 +29,13 @@ mod sessions;
 mod signals;
 
 use std::error::Error;
+use std::ffi::OsStr;
+use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use stencil_agent::archive::{self, ArchiveError, Notes};
 
 use crate::agent::Agent;
 use crate::cgroups::{CgroupError, Cgroups};
@@ -60,10 +61,10 @@ enum Archive {
         /// What to write.
         path: PathBuf,
     },
-    /// Unpacks a tar archive from standard input.
+    /// Unpacks a tar archive of one file or directory from standard input.
     Unpack {
-        /// The directory into which it goes, and beyond which nothing gets.
-        directory: PathBuf,
+        /// Where to: below it if it is a directory, else under this name. Nothing is there before all is.
+        target: PathBuf,
     },
 }
 
@@ -85,21 +86,47 @@ struct Service {
 
 fn main() -> ExitCode {
     let done = if rustix::process::getpid().is_init() {
-        init::run()
+        init::run().map(|()| ExitCode::SUCCESS)
     } else {
         let cli = Cli::parse();
         match cli.archive {
-            Some(Archive::Pack { path }) => archive::pack(&path).map_err(Into::into),
-            Some(Archive::Unpack { directory }) => archive::unpack(&directory).map_err(Into::into),
-            None => serve(&cli.service),
+            Some(Archive::Pack { path }) => pack(&path).map_err(Into::into),
+            Some(Archive::Unpack { target }) => unpack(&target).map_err(Into::into),
+            None => serve(&cli.service).map(|()| ExitCode::SUCCESS),
         }
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             log(&error_chain(&*error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes `path` to standard output, under its own name.
+fn pack(path: &Path) -> Result<ExitCode, ArchiveError> {
+    // The host gives it the name that was asked for.
+    let name = path.file_name().unwrap_or(OsStr::new("unnamed"));
+    let out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    let notes = archive::pack(path, name, out)?;
+    Ok(tell(&notes))
+}
+
+/// Unpacks standard input.
+fn unpack(target: &Path) -> Result<ExitCode, ArchiveError> {
+    let notes = archive::unpack(io::stdin().lock(), target, archive::From::Owner)?.keep()?;
+    Ok(tell(&notes))
+}
+
+fn tell(notes: &Notes) -> ExitCode {
+    for line in notes.lines() {
+        eprintln!("{line}");
+    }
+    if notes.is_partial() {
+        ExitCode::from(archive::PARTIAL)
+    } else {
+        ExitCode::SUCCESS
     }
 }
 
