@@ -1,6 +1,7 @@
 //! End to end: every scenario drives the real binaries over HTTP, on a server and a data directory of its own, and
 //! ends with proof that nothing of it stays.
 
+mod access;
 mod armed;
 mod bad_input;
 mod console;
@@ -167,6 +168,7 @@ fn scenarios(hypervisor: &Hypervisor) -> Vec<Planned> {
         races::SCENARIOS,
         armed::SCENARIOS,
         bad_input::SCENARIOS,
+        access::SCENARIOS,
     ]
     .concat();
     let forking = [continuity::SCENARIOS, forks::SCENARIOS].concat();

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
 
+const JSON: &str = "application/json";
 /// The most bytes of JSON that a request can have.
 const JSON_LIMIT: usize = 64 << 10;
 /// The most bytes that are given to a console at once.
@@ -63,7 +64,8 @@ impl<S: Send + Sync> FromRequest<S> for Bare {
         query::<Nothing>(&parts)?;
         let body = read(&parts.headers, body, JSON_LIMIT, "a body").await?;
         match body.trim_ascii() {
-            b"" | b"{}" => Ok(Self),
+            b"" => Ok(Self),
+            b"{}" => check_content_type(&parts.headers, "a JSON body", JSON).map(|()| Self),
             _ => Err(ApiError::invalid(format!(
                 "{} {} takes no body",
                 parts.method,
@@ -98,7 +100,7 @@ impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for MaybeJson
     }
 }
 
-/// A body of bytes for a console, whatever its content type.
+/// A body of bytes for a console: `application/octet-stream`.
 pub(crate) struct ConsoleInput(pub(crate) Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for ConsoleInput {
@@ -107,9 +109,11 @@ impl<S: Send + Sync> FromRequest<S> for ConsoleInput {
     async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
         query::<Nothing>(&parts)?;
-        read(&parts.headers, body, CONSOLE_LIMIT, "input for a console")
-            .await
-            .map(Self)
+        let input = read(&parts.headers, body, CONSOLE_LIMIT, "input for a console").await?;
+        if !input.is_empty() {
+            check_content_type(&parts.headers, "input for a console", "application/octet-stream")?;
+        }
+        Ok(Self(input))
     }
 }
 
@@ -132,11 +136,12 @@ async fn json<T: DeserializeOwned>(request: Request) -> Result<Option<T>, ApiErr
     if body.is_empty() {
         return Ok(None);
     }
-    check_content_type(&parts.headers)?;
+    check_content_type(&parts.headers, "a JSON body", JSON)?;
     parse(&body).map(Some)
 }
 
-fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+/// A page in a browser can send a body of another type without asking first whether it may.
+fn check_content_type(headers: &HeaderMap, what: &str, taken: &str) -> Result<(), ApiError> {
     let given = headers
         .get(CONTENT_TYPE)
         .map(|value| String::from_utf8_lossy(value.as_bytes()));
@@ -147,12 +152,12 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         .next()
         .unwrap_or("")
         .trim();
-    if essence.eq_ignore_ascii_case("application/json") {
+    if essence.eq_ignore_ascii_case(taken) {
         return Ok(());
     }
     let given = given.as_deref().unwrap_or("absent");
     Err(ApiError::invalid(format!(
-        "the content-type is {given}; a JSON body takes application/json"
+        "the content-type is {given}; {what} takes {taken}"
     )))
 }
 

@@ -1,24 +1,23 @@
-//! The typed client: one method for each route, over the server's Unix socket.
+//! The typed client: one method for each route, over the server's Unix socket or TCP.
 
+mod address;
 mod exec;
 mod images;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use bytes::Bytes;
 use futures_util::Stream;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::CONTENT_TYPE;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::client::legacy::Client as HttpClient;
-use hyper_util::rt::TokioExecutor;
-use hyperlocal::{UnixConnector, Uri};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::address::Address;
 pub use self::exec::{CommandEvent, CommandInput, CommandOutput};
 
 use crate::ErrorBody;
@@ -37,19 +36,30 @@ const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
 /// Why a call did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens on the socket.
-    #[error("no server listens at {}", socket.display())]
+    /// The address of the server is none.
+    #[error("`{url}` cannot be the server's address: {why}; it is like http://10.0.0.7:8080")]
+    BadUrl {
+        /// What was given.
+        url: String,
+        /// What is wrong with it, as part of a sentence.
+        why: &'static str,
+    },
+    /// The token cannot go into a request.
+    #[error("the token has characters that cannot be sent; it takes printable ones of ASCII")]
+    BadToken,
+    /// Nobody listens there.
+    #[error("no server listens at {server}")]
     NoServer {
-        /// The socket.
-        socket: PathBuf,
+        /// Its socket or address.
+        server: String,
         /// What the system said.
         source: io::Error,
     },
     /// The server is there, and this user cannot talk to it, or the connection broke.
-    #[error("the server at {} could not be asked", socket.display())]
+    #[error("the server at {server} could not be asked")]
     Connection {
-        /// The socket.
-        socket: PathBuf,
+        /// Its socket or address.
+        server: String,
         /// What broke.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -74,8 +84,9 @@ pub enum ClientError {
 /// A client of one server. Cheap to clone; clones share connections.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
-    http: HttpClient<UnixConnector, Full<Bytes>>,
+    address: Address,
+    /// What goes into the header `authorization`.
+    authorization: Option<HeaderValue>,
 }
 
 type Result<T> = std::result::Result<T, ClientError>;
@@ -84,15 +95,36 @@ impl Client {
     /// A client of the server that listens at `socket`. Nothing is asked yet.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self {
-            socket: socket.into(),
-            http: HttpClient::builder(TokioExecutor::new()).build(UnixConnector),
+            address: Address::socket(socket.into()),
+            authorization: None,
         }
     }
 
-    /// The server's socket.
+    /// A client of the server at `url`, such as `http://10.0.0.7:8080`, which knows this token. Nothing is asked yet.
+    ///
+    /// # Errors
+    /// [`ClientError::BadUrl`], [`ClientError::BadToken`].
+    pub fn over_tcp(url: &str, token: Option<&str>) -> Result<Self> {
+        let address = Address::url(url).map_err(|why| ClientError::BadUrl {
+            url: url.to_owned(),
+            why,
+        })?;
+        let authorization = token.map(|token| {
+            let mut value =
+                HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| ClientError::BadToken)?;
+            value.set_sensitive(true);
+            Ok(value)
+        });
+        Ok(Self {
+            address,
+            authorization: authorization.transpose()?,
+        })
+    }
+
+    /// Where the server is, for people.
     #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn address(&self) -> String {
+        self.address.to_string()
     }
 
     /// `GET /health`
@@ -290,12 +322,9 @@ impl Client {
                 Bytes::new(),
             )
             .await?;
-        let socket = self.socket.clone();
+        let client = self.clone();
         let chunks = futures_util::StreamExt::map(reply.into_body().into_data_stream(), move |chunk| {
-            chunk.map_err(|source| ClientError::Connection {
-                socket: socket.clone(),
-                source: source.into(),
-            })
+            chunk.map_err(|source| client.broken(source))
         });
         Ok(chunks)
     }
@@ -339,9 +368,8 @@ impl Client {
         content_type: Option<&'static str>,
         body: Bytes,
     ) -> Result<Response<Incoming>> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(Uri::new(&self.socket, path));
+        let uri = self.address.uri(path).map_err(|source| self.broken(source))?;
+        let mut request = Request::builder().method(method).uri(uri);
         if let Some(content_type) = content_type {
             request = request.header(CONTENT_TYPE, content_type);
         }
@@ -351,9 +379,12 @@ impl Client {
         self.request(request).await
     }
 
-    async fn request(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
+    async fn request(&self, mut request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
+        if let Some(authorization) = &self.authorization {
+            request.headers_mut().insert(AUTHORIZATION, authorization.clone());
+        }
         let reply = self
-            .http
+            .address
             .request(request)
             .await
             .map_err(|error| self.unreachable(error))?;
@@ -390,7 +421,7 @@ impl Client {
     }
 
     fn unreachable(&self, error: hyper_util::client::legacy::Error) -> ClientError {
-        let refused = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+        let refused = cause(&error);
         match refused {
             Some(error)
                 if matches!(
@@ -403,7 +434,7 @@ impl Client {
                     .raw_os_error()
                     .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
                 ClientError::NoServer {
-                    socket: self.socket.clone(),
+                    server: self.address(),
                     source,
                 }
             }
@@ -413,10 +444,22 @@ impl Client {
 
     fn broken(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
         ClientError::Connection {
-            socket: self.socket.clone(),
+            server: self.address(),
             source: source.into(),
         }
     }
+}
+
+/// What the system said.
+fn cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
+    let mut next = error.source();
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref() {
+            return Some(error);
+        }
+        next = error.source();
+    }
+    None
 }
 
 /// The path of an instance's route; whatever the id is, it is one segment.

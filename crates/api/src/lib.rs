@@ -1,6 +1,6 @@
 //! Stencil over HTTP: the server in front of an [`Engine`](stencil_engine::Engine), and the client that talks to it.
 //!
-//! The default way in is a Unix socket that only its owner can open; TCP is there for who asks for it. Requests and
+//! The default way in is a Unix socket that only its owner can open; TCP is there for who asks for it, and takes a token. Requests and
 //! replies are JSON. Whatever fails is answered as [`ErrorBody`]: a word for programs, a sentence for people, details.
 //!
 //! | module | role |
@@ -13,7 +13,8 @@
 //! | `body` | reads requests: bounded, strict, and polite to those who send too much |
 //! | `error` | the one place where an engine's error becomes a status, a code and a message |
 //! | `log` | one line for each request, after its reply |
-//! | [`server`], `socket`, `closing` | listeners and their end |
+//! | `guard`, `tokens` | who may ask |
+//! | [`server`], `socket`, `connections`, `closing` | listeners and their end |
 //! | [`client`] | one method for each route |
 //!
 //! Nothing here decides what an instance may do: a request is checked for its form, given to the engine, and what
@@ -39,8 +40,10 @@
 mod body;
 pub mod client;
 mod closing;
+mod connections;
 mod error;
 pub mod exec;
+mod guard;
 mod handlers;
 mod log;
 pub mod memory_size;
@@ -50,5 +53,6 @@ mod routes;
 pub mod server;
 mod socket;
 pub mod timeout;
+mod tokens;
 
 pub use error::ErrorBody;

@@ -8,6 +8,7 @@ use stencil_engine::Engine;
 
 use crate::closing::Closing;
 use crate::error::ApiError;
+use crate::guard::{Guard, guarded};
 use crate::handlers::{console, exec, forks, images, instances, lifecycle, service, wait};
 use crate::log;
 
@@ -30,8 +31,8 @@ impl FromRef<App> for Closing {
     }
 }
 
-/// All routes, in front of one engine.
-pub(crate) fn router(app: App) -> Router {
+/// All routes, in front of one engine and behind a guard.
+pub(crate) fn router(app: App, guard: Guard) -> Router {
     Router::new()
         .route("/health", get(service::health))
         .route("/version", get(service::version))
@@ -65,6 +66,7 @@ pub(crate) fn router(app: App) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
         .with_state(app)
+        .layer(middleware::from_fn_with_state(guard, guarded))
         .layer(middleware::from_fn(log::logged))
 }
 

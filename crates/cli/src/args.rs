@@ -19,6 +19,18 @@ use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryGeneration, Me
     disable_help_subcommand = true
 )]
 pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) server: ServerPlace,
+    /// Print the API's JSON instead of tables
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where the server is.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ServerPlace {
     /// The server's socket [default: stencil.sock in the data directory]
     #[arg(
         long,
@@ -28,11 +40,15 @@ pub(crate) struct Args {
         value_name = "PATH"
     )]
     pub(crate) socket: Option<PathBuf>,
-    /// Print the API's JSON instead of tables
-    #[arg(long, global = true)]
-    pub(crate) json: bool,
-    #[command(subcommand)]
-    pub(crate) command: Command,
+    /// The server's address instead of a socket, such as http://10.0.0.7:8080; its token is taken from STENCIL_TOKEN
+    #[arg(
+        long,
+        global = true,
+        env = "STENCIL_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    pub(crate) url: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -123,15 +139,58 @@ impl ClientCommand {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Serve {
     /// The data directory [default: /var/lib/stencil for root, else stencil in the user's data directory]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "STENCIL_DATA", hide_env_values = true, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
-    /// Listen on TCP too; whoever can reach it can do everything
-    #[arg(long, value_name = "ADDR:PORT")]
+    /// Listen on TCP too; it takes --token-file, or on a loopback address --no-auth
+    #[arg(
+        long,
+        env = "STENCIL_LISTEN",
+        hide_env_values = true,
+        value_name = "ADDR:PORT"
+    )]
     pub(crate) listen: Option<SocketAddr>,
+    /// The tokens of those who may ask over TCP, one a line, 16 or more characters each; made with a random one if it is not there
+    #[arg(
+        long,
+        env = "STENCIL_TOKEN_FILE",
+        hide_env_values = true,
+        value_name = "FILE",
+        requires = "listen",
+        conflicts_with = "no_auth"
+    )]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Let whoever is on this host do everything over TCP, also other users; only for a loopback address
+    #[arg(long, requires = "listen")]
+    pub(crate) no_auth: bool,
+    /// A name by which the server is reached over TCP, beside addresses and localhost; can be given many times
+    #[arg(
+        long = "allow-host",
+        env = "STENCIL_ALLOW_HOSTS",
+        value_delimiter = ',',
+        hide_env_values = true,
+        value_name = "NAME",
+        requires = "listen"
+    )]
+    pub(crate) allow_hosts: Vec<String>,
+    /// The origin of web pages that may ask, such as https://panel.example; can be given many times
+    #[arg(
+        long = "allow-origin",
+        env = "STENCIL_ALLOW_ORIGINS",
+        value_delimiter = ',',
+        hide_env_values = true,
+        value_name = "ORIGIN"
+    )]
+    pub(crate) allow_origins: Vec<String>,
     #[command(flatten)]
     pub(crate) vmms: Vmms,
     /// How many forks of each template are kept prepared
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(
+        long,
+        env = "STENCIL_ARMED",
+        hide_env_values = true,
+        default_value_t = 0,
+        value_name = "N"
+    )]
     pub(crate) armed: u32,
 }
 
@@ -139,20 +198,25 @@ pub(crate) struct Serve {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Vmms {
     /// The stencil-microvm binary [default: beside this one, else in PATH]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, env = "STENCIL_MICROVM", hide_env_values = true, value_name = "PATH")]
     pub(crate) microvm: Option<PathBuf>,
     /// The cloud-hypervisor binary, v51 to v53 [default: in PATH; without one it is not offered]
-    #[arg(long, value_name = "PATH")]
+    #[arg(
+        long,
+        env = "STENCIL_CLOUD_HYPERVISOR",
+        hide_env_values = true,
+        value_name = "PATH"
+    )]
     pub(crate) cloud_hypervisor: Option<PathBuf>,
     /// The qemu-system-x86_64 binary, 7.2 or later [default: in PATH; without one it is not offered]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, env = "STENCIL_QEMU", hide_env_values = true, value_name = "PATH")]
     pub(crate) qemu: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Doctor {
     /// The data directory that a server would have [default: as of `serve`]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "STENCIL_DATA", hide_env_values = true, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) vmms: Vmms,

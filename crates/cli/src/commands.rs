@@ -8,20 +8,26 @@ mod images;
 mod instances;
 mod reference;
 
-use std::path::PathBuf;
+use std::env;
 
 use serde::Serialize;
 use stencil_api::client::{Client, ClientError};
 use stencil_api::reply::{Instance, Version};
 use stencil_api::request::{ChangeInstance, PromoteTemplate};
 
-use crate::args::ClientCommand;
+use crate::args::{ClientCommand, ServerPlace};
 use crate::failure::Failure;
 use crate::output::{Reader, printable};
 use crate::{place, table};
 
-pub(crate) fn run(command: ClientCommand, socket: Option<PathBuf>, json: bool) -> Result<(), Failure> {
-    let client = Client::new(socket.map_or_else(place::default_socket, Ok)?);
+pub(crate) fn run(command: ClientCommand, server: ServerPlace, json: bool) -> Result<(), Failure> {
+    let client = match server {
+        // Others see the command line of a process, and not its environment.
+        ServerPlace { url: Some(url), .. } => {
+            Client::over_tcp(&url, env::var("STENCIL_TOKEN").ok().as_deref())?
+        }
+        ServerPlace { socket, .. } => Client::new(socket.map_or_else(place::default_socket, Ok)?),
+    };
     let reader = Reader::of(json);
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -118,7 +124,7 @@ async fn version(client: &Client, reader: Reader) -> Result<(), Failure> {
         |versions| {
             let server = match &versions.server {
                 Some(server) => server.version.clone(),
-                None => format!("none listens at {}", client.socket().display()),
+                None => format!("none listens at {}", client.address()),
             };
             format!("stencil {}\nserver  {server}", versions.version)
         },

@@ -1,11 +1,12 @@
 //! How a command fails, and how that is told: a sentence that says what would be right, on standard error.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde_json::json;
 use stencil_api::client::ClientError;
-use stencil_api::server::ServeError;
+use stencil_api::server::{ServeError, TokenError};
 use stencil_core::{State, error_chain};
 use stencil_engine::EngineError;
 use stencil_vmm::VmmError;
@@ -70,6 +71,13 @@ pub(crate) enum Failure {
     Open { data: PathBuf, source: Box<EngineError> },
     #[error(transparent)]
     Serve(#[from] ServeError),
+    #[error(transparent)]
+    Tokens(#[from] TokenError),
+    #[error(
+        "{address} takes tokens: name a file of them with --token-file, which is made if it is not there{}",
+        if address.ip().is_loopback() { "; or let every user of this host do everything with --no-auth" } else { "" }
+    )]
+    NoToken { address: SocketAddr },
 }
 
 impl Failure {
@@ -109,7 +117,9 @@ impl Failure {
         match self {
             Self::Client(ClientError::Refused { body, .. }) => format!("{sentence} [{}]", body.code),
             Self::Client(ClientError::NoServer { .. }) => {
-                format!("{sentence}\nstart one with `stencil serve`, or name its socket with --socket")
+                format!(
+                    "{sentence}\nstart one with `stencil serve`, or name its socket with --socket, or its address with --url"
+                )
             }
             _ => sentence,
         }

@@ -42,9 +42,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), Failure> {
     match args.command {
-        Command::Serve(asked) => serve::run(asked, args.socket),
+        Command::Serve(asked) => serve::run(asked, args.server.socket),
         Command::Doctor(asked) => doctor::run(asked, args.json),
         Command::Pager(asked) => pager::run(asked),
-        Command::Client(asked) => commands::run(asked, args.socket, args.json),
+        Command::Client(asked) => commands::run(asked, args.server, args.json),
     }
 }

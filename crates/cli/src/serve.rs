@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use stencil_api::server::Server;
+use stencil_api::server::{Listen, Server, Tokens};
 use stencil_core::{DataDir, error_chain};
 use stencil_engine::{Config, Engine};
 use stencil_vmm::{CloudHypervisor, Hypervisor, MicroVm, Qemu};
@@ -69,6 +69,18 @@ fn allow_many_files() {
 async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
     let data = place::absolute(asked.data.map_or_else(place::default_data, Ok)?)?;
     let socket = place::absolute(socket.unwrap_or_else(|| DataDir::new(&data).socket()))?;
+    let listen = match asked.listen {
+        None => None,
+        Some(address) => Some(Listen {
+            address,
+            tokens: match &asked.token_file {
+                Some(file) => Some(Tokens::load(file)?),
+                None if asked.no_auth => None,
+                None => return Err(Failure::NoToken { address }),
+            },
+            allow_hosts: asked.allow_hosts,
+        }),
+    };
     let binary = asked
         .vmms
         .microvm
@@ -95,11 +107,13 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         data: data.clone(),
         source: Box::new(source),
     })?;
-    let server = Server::bind(engine.clone(), &socket, asked.listen).await?;
+    let server = Server::bind(engine.clone(), &socket, listen)
+        .await?
+        .allow_origins(asked.allow_origins);
     tracing::info!(microvm = %binary.display(), version, data = %data.display(), "open");
     if let Some(address) = server.tcp_address() {
-        if !address.ip().is_loopback() {
-            tracing::warn!(%address, "whoever can reach this address can do everything");
+        if asked.no_auth {
+            tracing::warn!(%address, "every user of this host can do everything by this address");
         }
         tracing::info!("listening on {} and http://{address}", socket.display());
     } else {

@@ -13,7 +13,6 @@ use hyper::header::{
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use hyperlocal::Uri;
 use tokio::sync::{Mutex, Semaphore};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -96,7 +95,8 @@ impl Client {
     /// A WebSocket (RFC 6455, 4.1).
     async fn upgrade(&self, path: &str) -> Result<Socket> {
         let key = generate_key();
-        let request = Request::get(Uri::new(self.socket(), path))
+        let uri = self.address.uri(path).map_err(|source| self.broken(source))?;
+        let request = Request::get(uri)
             .header(CONNECTION, "Upgrade")
             .header(UPGRADE, "websocket")
             .header(SEC_WEBSOCKET_VERSION, "13")

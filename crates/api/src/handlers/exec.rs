@@ -7,7 +7,6 @@ use std::time::Duration;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, State};
-use axum::http::header::ORIGIN;
 use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{SplitSink, SplitStream};
@@ -58,11 +57,6 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
 
     async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, ApiError> {
         // Browsers let any page open a WebSocket to any server, and say whose page it is.
-        if parts.headers.contains_key(ORIGIN) {
-            return Err(ApiError::invalid(
-                "the request has an Origin, as those of web pages have; commands are not run for web pages",
-            ));
-        }
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
         upgrade.map(Self).map_err(|rejection: WebSocketUpgradeRejection| {
             ApiError::invalid(format!(

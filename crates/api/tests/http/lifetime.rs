@@ -7,8 +7,6 @@ use stencil_api::client::ClientError;
 use stencil_api::server::{ServeError, Server, SocketError};
 use stencil_core::{State, StoreError};
 use stencil_engine::EngineError;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 use crate::world::{World, open};
 
@@ -40,7 +38,7 @@ async fn it_says_on_what_it_runs_instances_and_what_that_can_do() {
 #[tokio::test]
 async fn only_the_owner_can_open_its_socket() {
     let world = World::new().await;
-    let mode = world.client.socket().metadata().unwrap().permissions().mode();
+    let mode = world.socket().metadata().unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }
 
@@ -59,7 +57,7 @@ async fn a_socket_in_use_is_refused_and_the_first_server_goes_on() {
     let world = World::new().await;
     let other = tempfile::tempdir().unwrap();
     let engine = open(&other.path().join("data")).await.unwrap();
-    let second = Server::bind(engine, world.client.socket(), None).await;
+    let second = Server::bind(engine, &world.socket(), None).await;
     assert!(matches!(
         second,
         Err(ServeError::Socket(SocketError::InUse { .. }))
@@ -71,39 +69,10 @@ async fn a_socket_in_use_is_refused_and_the_first_server_goes_on() {
 async fn when_it_ends_its_socket_is_gone_and_its_instances_are_there_for_the_next() {
     let world = World::new().await;
     world.client.create(&world.stopped("web")).await.unwrap();
-    let client = world.client.clone();
+    let (client, socket) = (world.client.clone(), world.socket());
     let dir = world.stop().await;
-    assert!(!client.socket().exists());
+    assert!(!socket.exists());
     assert!(matches!(client.health().await, Err(ClientError::NoServer { .. })));
     let world = World::on(dir).await;
     assert_eq!(world.client.get("web").await.unwrap().state, State::Stopped);
-}
-
-#[tokio::test]
-async fn on_tcp_it_says_the_same_when_it_was_asked_to() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("data");
-    let engine = open(&data).await.unwrap();
-    let any_port = "127.0.0.1:0".parse().unwrap();
-    let server = Server::bind(engine, &data.join("stencil.sock"), Some(any_port))
-        .await
-        .unwrap();
-    let address = server.tcp_address().unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let served = tokio::spawn(server.run(async move {
-        let _ = stopped.await;
-    }));
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    stream
-        .write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        .await
-        .unwrap();
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply).await.unwrap();
-    assert!(
-        reply.starts_with("HTTP/1.1 200 OK") && reply.ends_with("{\"status\":\"ok\"}"),
-        "{reply}"
-    );
-    stop.send(()).unwrap();
-    served.await.unwrap();
 }

@@ -8,6 +8,7 @@
 )]
 
 mod bad_input;
+mod guard;
 mod images;
 mod instances;
 mod lifetime;

@@ -68,6 +68,10 @@ impl World {
         data(&self.dir)
     }
 
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.data().join("stencil.sock")
+    }
+
     pub(crate) fn kernel(&self) -> PathBuf {
         self.dir.path().join("guest.elf")
     }
@@ -109,7 +113,7 @@ impl World {
         content_type: Option<&str>,
         body: impl Into<Bytes>,
     ) -> Reply {
-        let stream = UnixStream::connect(self.client.socket()).await.unwrap();
+        let stream = UnixStream::connect(self.socket()).await.unwrap();
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         let mut request = Request::builder()
@@ -139,7 +143,7 @@ impl World {
 
     /// Sends these bytes, all of them, and only then reads what comes back until the server hangs up.
     pub(crate) async fn say(&self, bytes: &[u8]) -> String {
-        let mut stream = UnixStream::connect(self.client.socket()).await.unwrap();
+        let mut stream = UnixStream::connect(self.socket()).await.unwrap();
         stream.write_all(bytes).await.unwrap();
         let mut reply = String::new();
         stream.read_to_string(&mut reply).await.unwrap();

@@ -302,9 +302,9 @@ fn a_web_page_cannot_run_commands() {
     let Error::Http(reply) = refused else {
         panic!("{refused}")
     };
-    assert_eq!(reply.status(), 400);
+    assert_eq!(reply.status(), 403);
     let body = String::from_utf8(reply.into_body().unwrap_or_default()).unwrap();
-    assert!(body.contains("commands are not run for web pages"), "{body}");
+    assert!(body.contains("comes from a web page that may not ask"), "{body}");
 }
 
 #[test]

@@ -102,6 +102,116 @@ fn a_second_server_on_the_same_socket_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
+fn over_tcp_it_takes_a_token_which_it_makes_and_a_client_has_in_its_environment() {
+    let dir = tempfile::tempdir().unwrap();
+    place_vmms(dir.path());
+    let server = Server::start_with(dir, |serve| {
+        serve.args(["--listen", "127.0.0.1:0", "--token-file", "tokens"]);
+    });
+    let tokens = server.dir.path().join("tokens");
+    let token = std::fs::read_to_string(&tokens).unwrap();
+    let url = server.url();
+    let ask = |token: Option<&str>, words: &[&str]| {
+        let mut command = command(server.dir.path());
+        command.args(words).env("STENCIL_URL", &url);
+        if let Some(token) = token {
+            command.env("STENCIL_TOKEN", token);
+        }
+        done(&mut command)
+    };
+    let token = token.trim_end();
+    server.create("web");
+    let listed = ask(Some(token), &["ls"]);
+    assert!(listed.code == 0 && listed.stdout.contains("web"), "{listed:?}");
+    for wrong in [None, Some("not-the-right-token")] {
+        let refused = ask(wrong, &["ls"]);
+        assert!(
+            refused.code == 1
+                && refused.stderr.contains("STENCIL_TOKEN")
+                && refused.stderr.contains("[unauthorized]"),
+            "{refused:?}"
+        );
+    }
+    let (code, log, _dir) = server.end(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(!log.contains(token));
+}
+
+#[test]
+fn it_does_not_listen_on_tcp_without_a_token_unless_that_is_spelled_out() {
+    let dir = tempfile::tempdir().unwrap();
+    place_vmms(dir.path());
+    std::fs::write(dir.path().join("open"), "sixteen-letters!").unwrap();
+    for (words, code, expected) in [
+        (
+            &["--listen", "127.0.0.1:0"][..],
+            1,
+            "takes tokens: name a file of them with --token-file, which is made if it is not there; or let every user of this host \
+             do everything with --no-auth",
+        ),
+        (
+            &["--listen", "0.0.0.0:0"],
+            1,
+            "0.0.0.0:0 takes tokens: name a file",
+        ),
+        (
+            &["--listen", "0.0.0.0:0", "--no-auth"],
+            1,
+            "0.0.0.0:0 can be reached from other machines: it takes tokens; name a file of them with --token-file",
+        ),
+        (
+            &["--listen", "127.0.0.1:0", "--token-file", "open"],
+            1,
+            "can be read by others (mode 0644); let only its owner read it: chmod 600 ",
+        ),
+        (&["--no-auth"], 2, "--listen <ADDR:PORT>"),
+        (
+            &["--listen", "127.0.0.1:0", "--no-auth", "--token-file", "open"],
+            2,
+            "cannot be used with",
+        ),
+    ] {
+        let mut serve = command(dir.path());
+        serve
+            .args(["serve", "--data", "data", "--microvm", "microvm"])
+            .args(words);
+        let refused = done(&mut serve);
+        assert_eq!(refused.code, code, "{words:?}: {refused:?}");
+        assert!(refused.stderr.contains(expected), "{words:?}: {}", refused.stderr);
+    }
+    let server = Server::start_with(dir, |serve| {
+        serve.env("STENCIL_LISTEN", "127.0.0.1:0").arg("--no-auth");
+    });
+    let mut ls = command(server.dir.path());
+    assert_eq!(done(ls.args(["ls", "--url", &server.url()])).code, 0);
+}
+
+#[test]
+fn each_option_can_be_given_by_the_environment() {
+    let dir = tempfile::tempdir().unwrap();
+    place_vmms(dir.path());
+    let data = dir.path().join("elsewhere");
+    let mut serve = command(dir.path());
+    serve
+        .arg("serve")
+        .env("STENCIL_DATA", "elsewhere")
+        .env("STENCIL_MICROVM", "microvm")
+        .env("STENCIL_ARMED", "100000");
+    let refused = done(&mut serve);
+    assert!(
+        refused.code == 1 && refused.stderr.contains("armed is 100000"),
+        "{refused:?}"
+    );
+    serve.env("STENCIL_ARMED", "0").env("STENCIL_MICROVM", "nothing");
+    assert!(
+        done(&mut serve)
+            .stderr
+            .contains("nothing cannot be used as the VMM")
+    );
+    assert!(!data.exists());
+}
+
+#[test]
 fn a_vmm_that_cannot_be_used_is_told_at_once() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("notes"), "").unwrap();
@@ -247,6 +357,8 @@ fn an_address_that_is_not_this_hosts_is_told() {
         "microvm",
         "--listen",
         "192.0.2.1:80",
+        "--token-file",
+        "tokens",
     ]);
     let done = done(&mut serve);
     assert_eq!(done.code, 1);

@@ -63,6 +63,8 @@ pub(crate) struct Server {
     pub(crate) dir: TempDir,
     process: Child,
     log: BufReader<ChildStderr>,
+    /// Where it listens.
+    said: String,
 }
 
 impl Server {
@@ -89,7 +91,19 @@ impl Server {
             let read = log.read_line(&mut said).unwrap();
             assert_ne!(read, 0, "the server ended: {said}");
         }
-        Self { dir, process, log }
+        let said = said.lines().last().unwrap_or_default().to_owned();
+        Self {
+            dir,
+            process,
+            log,
+            said,
+        }
+    }
+
+    /// Its address over TCP, which it has said.
+    pub(crate) fn url(&self) -> String {
+        let (_, url) = self.said.split_once(" and ").unwrap();
+        url.to_owned()
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

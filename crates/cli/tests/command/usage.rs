@@ -79,6 +79,6 @@ fn without_a_server_it_says_how_to_start_one() {
     assert_eq!(
         done.stderr,
         "error: no server listens at nobody.sock: No such file or directory (os error 2)\n\
-         start one with `stencil serve`, or name its socket with --socket\n"
+         start one with `stencil serve`, or name its socket with --socket, or its address with --url\n"
     );
 }
