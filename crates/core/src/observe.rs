@@ -37,10 +37,10 @@ pub enum VmPhase {
     Shutdown,
 }
 
-/// How a guest came to its end.
+/// How a guest came to its end, or to stand still although nobody asked for that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestEnd {
-    /// It did not end of its own will: a triple fault, an error of the VMM.
+    /// It did not end of its own will: a triple fault, an error of the VMM, a disk of the host that is full.
     pub failed: bool,
     /// What happened, as part of a sentence.
     pub reason: String,
@@ -72,7 +72,7 @@ pub enum VmmFacts {
         phase: VmPhase,
         /// The guest has said in this epoch that it is ready, or it is not asked.
         ready: bool,
-        /// How the guest came to its end, if it did.
+        /// How the guest came to its end, or why its VMM stopped it unasked.
         end: Option<GuestEnd>,
     },
 }
@@ -123,11 +123,12 @@ pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> 
                 (VmPhase::Running, false) => State::Initializing,
                 (VmPhase::Paused, _) => State::Paused,
             };
-            let failed = end.as_ref().filter(|end| state == State::Shutdown && end.failed);
-            Observed {
-                state,
-                error: failed.map(|end| format!("its guest ended: {}", end.reason)),
-            }
+            let failed = end.as_ref().filter(|end| end.failed).and_then(|end| match state {
+                State::Shutdown => Some(format!("its guest ended: {}", end.reason)),
+                State::Paused => Some(format!("its VMM stopped it: {}", end.reason)),
+                _ => None,
+            });
+            Observed { state, error: failed }
         }
     }
 }

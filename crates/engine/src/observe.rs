@@ -1,20 +1,27 @@
 //! Observing: the facts that a state is derived from, and the instance as it is shown.
 
+use std::time::Duration;
+
 use futures_util::StreamExt;
 use stencil_core::rules::LiveFork;
 use stencil_core::{
-    Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts, VmmRecord,
-    error_chain,
+    InstanceDir, Metadata, Observed, Readiness, SnapshotFacts, State, StoreError, VmPhase, VmmFacts,
+    VmmRecord, error_chain,
 };
 
-use stencil_vmm::{Accelerator, Attached, Exit, PageCounters, VmmProcess};
+use stencil_vmm::{Accelerator, Attached, Exit, Hypervisor, PageCounters, VmStatus, VmmError, VmmProcess};
+use tokio::time::Instant;
 
 use crate::agent::AgentState;
 use crate::registry::Slot;
+use crate::running::RunningVmm;
 use crate::{Engine, EngineError, Filter, Instance};
 
 /// How many instances a list observes at a time; each is one call to a VMM at most.
 const OBSERVED_AT_ONCE: usize = 32;
+/// For how long a VMM that lives is tried to be reached before its instance is Unknown, and after how long again.
+const REACHED_WITHIN: Duration = Duration::from_secs(2);
+const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// An instance's metadata and what they, its snapshot and its VMM say together.
 #[derive(Debug)]
@@ -84,7 +91,7 @@ impl Engine {
                 };
             }
         };
-        match hypervisor.info(&dir).await {
+        match self.info(hypervisor.as_ref(), &dir, &running).await {
             Ok(status) => VmmFacts::Up {
                 phase: status.phase,
                 ready: running.is_ready(&dir.console_log()),
@@ -96,6 +103,28 @@ impl Engine {
                     reason: format!("process {pid} does not answer: {}", error_chain(&error)),
                 },
             },
+        }
+    }
+
+    /// Asks a VMM for its VM. That it could not be reached once says nothing: that is tried again for a while, as long as it lives.
+    async fn info(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        dir: &InstanceDir,
+        running: &RunningVmm,
+    ) -> Result<VmStatus, VmmError> {
+        let until = Instant::now() + REACHED_WITHIN;
+        loop {
+            match hypervisor.info(dir).await {
+                Err(error)
+                    if error.lost_connection()
+                        && running.process.has_exited().is_none()
+                        && Instant::now() < until =>
+                {
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+                told => return told,
+            }
         }
     }
 

@@ -320,7 +320,8 @@ pub enum VmmError {
 
 impl VmmError {
     /// Whether the VMM went away instead of answering: its socket is closed, or was closed during the call.
-    pub(crate) fn lost_connection(&self) -> bool {
+    #[must_use]
+    pub fn lost_connection(&self) -> bool {
         match self {
             Self::Connect { .. }
             | Self::NoReply { .. }

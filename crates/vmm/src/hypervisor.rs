@@ -231,6 +231,7 @@ pub enum HotPages<'a> {
 pub struct VmStatus {
     /// What the VM does.
     pub phase: VmPhase,
-    /// Why the guest is down; only with [`VmPhase::Shutdown`], and only from a VMM that tells.
+    /// Why the guest is down, or why its VMM stopped it unasked; only with [`VmPhase::Shutdown`] and [`VmPhase::Paused`], and only
+    /// from a VMM that tells.
     pub end: Option<GuestEnd>,
 }

@@ -24,6 +24,7 @@
 //! ([`MemoryMode::Copy`]). [`MemoryMode::Uffd`] would take QEMU's memory out of its hands, and it has no way for that.
 
 mod accelerator;
+mod link;
 mod machine;
 mod memory;
 mod monitor;
@@ -34,6 +35,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::fs::{Access, access};
@@ -53,6 +55,7 @@ use crate::{
     VmmProcess, binary, console, rest,
 };
 pub use accelerator::Accelerator;
+use link::{DiskError, Links};
 use machine::{Begin, Machine};
 use memory::GuestMemory;
 use monitor::{Monitor, RunState};
@@ -74,6 +77,8 @@ const NOT_MAPPED: &str = "the memory could not be mapped: QEMU before 8.2 opens 
 const MAX_VCPUS: u32 = 254;
 /// It has no limit itself; each layer takes memory, and time at the start.
 const MAX_DISK_LAYERS: usize = 32;
+/// For how long it is looked whether a disk fails again that failed before.
+const TRIED_AGAIN: Duration = Duration::from_millis(500);
 /// Name of the file that says what an instance's QEMU was started as.
 const MACHINE: &str = "machine.json";
 
@@ -83,6 +88,7 @@ pub struct Qemu {
     binary: PathBuf,
     version: OnceCell<String>,
     accelerator: OnceLock<Accelerator>,
+    links: Links,
 }
 
 /// What an instance's QEMU was started as. Every later call finds it here, also that of another server.
@@ -101,6 +107,7 @@ impl Qemu {
             binary: absolute(&binary),
             version: OnceCell::new(),
             accelerator: OnceLock::new(),
+            links: Links::default(),
         }
     }
 
@@ -170,8 +177,8 @@ impl Qemu {
     /// version, and a snapshot would then be recorded as another version's.
     async fn open_new(&self, dir: &InstanceDir, call: Call) -> Result<Monitor, VmmError> {
         let expected = self.version().await?;
-        let mut monitor = Monitor::open(dir, call).await?;
-        let running = monitor.version().await?;
+        let monitor = Monitor::open(&self.links, dir, call).await?;
+        let running = monitor.version().to_owned();
         if running == expected {
             Ok(monitor)
         } else {
@@ -226,28 +233,29 @@ impl Hypervisor for Qemu {
     }
 
     async fn create(&self, dir: &InstanceDir, _: &VmSpec, _: &VmGeneration) -> Result<(), VmmError> {
-        let mut monitor = self.open_new(dir, Call::Create).await?;
+        let monitor = self.open_new(dir, Call::Create).await?;
         monitor.expect(RunState::Prelaunch).await
     }
 
     async fn boot(&self, dir: &InstanceDir) -> Result<(), VmmError> {
-        let mut monitor = Monitor::open(dir, Call::Boot).await?;
+        let monitor = Monitor::open(&self.links, dir, Call::Boot).await?;
         monitor.expect(RunState::Prelaunch).await?;
         monitor.cont().await
     }
 
     async fn pause(&self, dir: &InstanceDir) -> Result<(), VmmError> {
-        let mut monitor = Monitor::open(dir, Call::Pause).await?;
+        let monitor = Monitor::open(&self.links, dir, Call::Pause).await?;
         monitor.expect(RunState::Running).await?;
         monitor.stop().await
     }
 
     async fn resume(&self, dir: &InstanceDir) -> Result<(), VmmError> {
-        let mut monitor = Monitor::open(dir, Call::Resume).await?;
+        let monitor = Monitor::open(&self.links, dir, Call::Resume).await?;
         // The host had no room for what the guest wrote to a disk; the write is tried again.
-        if monitor.status().await? != RunState::IoError {
-            monitor.expect(RunState::Paused).await?;
+        if monitor.status().await? == RunState::IoError {
+            return monitor.try_disks_again(TRIED_AGAIN).await;
         }
+        monitor.expect(RunState::Paused).await?;
         monitor.cont().await
     }
 
@@ -257,13 +265,15 @@ impl Hypervisor for Qemu {
             process,
             maps_file,
         } = read_started(dir)?;
-        let mut monitor = Monitor::open(dir, Call::Snapshot).await?;
+        let monitor = Monitor::open(&self.links, dir, Call::Snapshot).await?;
+        if monitor.status().await? == RunState::IoError {
+            // What the guest wants to write is in QEMU alone.
+            return Err(monitor.refused(disk_reason(monitor.disk_error().as_ref())));
+        }
         monitor.expect(RunState::Paused).await?;
         let address = monitor.memory_address().await?;
         let state = absolute(&destination.state());
         monitor.save_devices(&state).await?;
-        // Others may ask it while its memory is read.
-        drop(monitor);
         let bytes = machine.memory_bytes;
         copy_memory(destination.memory_ranges(), move |memory| {
             GuestMemory::of(&process, address, bytes)?.save(memory, maps_file)
@@ -274,7 +284,7 @@ impl Hypervisor for Qemu {
 
     async fn restore(&self, dir: &InstanceDir, request: &Restore<'_>) -> Result<Restored, VmmError> {
         let started = read_started(dir)?;
-        let mut monitor = self.open_new(dir, Call::Restore).await?;
+        let monitor = self.open_new(dir, Call::Restore).await?;
         monitor.expect(RunState::Inmigrate).await?;
         if !started.maps_file {
             let address = monitor.memory_address().await?;
@@ -297,7 +307,9 @@ impl Hypervisor for Qemu {
     }
 
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
-        Ok(status(Monitor::open(dir, Call::Info).await?.status().await?))
+        let monitor = Monitor::open(&self.links, dir, Call::Info).await?;
+        let state = monitor.status().await?;
+        Ok(status(state, monitor.disk_error().as_ref()))
     }
 
     async fn console_input(&self, dir: &InstanceDir, vmm: &VmmProcess, input: &[u8]) -> Result<(), VmmError> {
@@ -325,25 +337,32 @@ impl Hypervisor for Qemu {
     }
 
     async fn press_power_button(&self, dir: &InstanceDir) -> Result<bool, VmmError> {
-        let mut monitor = Monitor::open(dir, Call::PowerButton).await?;
+        let monitor = Monitor::open(&self.links, dir, Call::PowerButton).await?;
         monitor.expect(RunState::Running).await?;
         monitor.press_power_button().await.map(|()| true)
     }
 
     async fn stop(&self, dir: &InstanceDir, vmm: &VmmProcess) -> Result<Exit, VmmError> {
-        let quit = async { Monitor::open(dir, Call::Shutdown).await?.quit().await };
+        let quit = async {
+            Monitor::open(&self.links, dir, Call::Shutdown)
+                .await?
+                .quit()
+                .await
+        };
         rest::end(dir, vmm, quit).await
     }
 }
 
-fn status(state: RunState) -> VmStatus {
-    let down = |failed, reason: &str| VmStatus {
-        phase: VmPhase::Shutdown,
+fn status(state: RunState, disk_error: Option<&DiskError>) -> VmStatus {
+    let ended = |phase, failed, reason: &str| VmStatus {
+        phase,
         end: Some(GuestEnd {
             failed,
             reason: reason.to_owned(),
         }),
     };
+    let down = |failed, reason| ended(VmPhase::Shutdown, failed, reason);
+    let stopped = |reason| ended(VmPhase::Paused, true, reason);
     let phase = match state {
         RunState::Prelaunch => VmPhase::Created,
         RunState::Inmigrate => VmPhase::Undefined,
@@ -351,9 +370,26 @@ fn status(state: RunState) -> VmStatus {
         RunState::Shutdown => return down(false, "the guest powered off or asked for a reset"),
         RunState::GuestPanicked => return down(true, "the guest's kernel panicked"),
         RunState::InternalError => return down(true, "QEMU could not go on with the guest"),
+        RunState::IoError => return stopped(&disk_reason(disk_error)),
+        RunState::Watchdog => return stopped("the guest's watchdog ran out"),
         _ => VmPhase::Paused,
     };
     VmStatus { phase, end: None }
+}
+
+/// Why a VM was stopped that a disk failed, and what would be right.
+fn disk_reason(error: Option<&DiskError>) -> String {
+    match error {
+        Some(DiskError { nospace: true, .. }) => "the host has no room for what the guest writes to a disk (No space left on \
+            device); make room there, then resume it"
+            .to_owned(),
+        Some(DiskError { reason, .. }) => {
+            format!("the host could not read or write a disk of the guest ({reason}); mend that, then resume it")
+        }
+        // Another server heard it.
+        None => "the host could not write a disk of the guest, most often because it has no room; make room there, then resume it"
+            .to_owned(),
+    }
 }
 
 /// 7 and 2 of `7.2.22`.

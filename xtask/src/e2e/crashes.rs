@@ -277,7 +277,7 @@ fn vmm_hangs(world: &mut World) -> Result<(), Failure> {
     let vm = world.running("hung")?;
     let pid = vm.pid()?;
     rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
-    vm.is_in("Unknown")?;
+    vm.wait("Unknown")?;
     let error = vm.text("state_error")?;
     holds(
         error.contains("does not answer"),

@@ -44,6 +44,21 @@ impl World {
         })
     }
 
+    /// Another server like this one's, in a directory of its own in `parent`.
+    pub(super) fn another_in(&self, parent: PathBuf) -> Result<Self, Failure> {
+        let options = [self.hypervisor.serve_options.clone(), self.way.options()].concat();
+        let server = Server::start_in(parent, &self.stencil, options)?;
+        let client = server.client();
+        Ok(Self {
+            server,
+            client,
+            stencil: self.stencil.clone(),
+            kernel: self.kernel.clone(),
+            hypervisor: Arc::clone(&self.hypervisor),
+            way: self.way,
+        })
+    }
+
     /// The body of a create request for the test guest. It says when it is ready, after each restore too, which takes that
     /// it is told of it.
     pub(super) fn request(&self, name: &str) -> Value {

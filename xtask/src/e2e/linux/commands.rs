@@ -1,6 +1,7 @@
 //! Commands in a Linux guest, and files in and out of it.
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
@@ -10,6 +11,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     (
         "one call forks linux, runs a command in each fork, and deletes them",
         fork_exec_delete,
+    ),
+    (
+        "64 commands at once in one linux are all run, and it is Running for all who look meanwhile",
+        many_at_once,
     ),
     (
         "a command that outlives its time is ended with all of its processes",
@@ -44,6 +49,33 @@ fn fork_exec_delete(linux: &mut Linux) -> Result<(), Failure> {
         same("what it wrote", expected, output)?;
     }
     same("instances beside the template", 1, linux.world.list()?.len())
+}
+
+fn many_at_once(linux: &mut Linux) -> Result<(), Failure> {
+    const COMMANDS: usize = 64;
+    const LOOKING: usize = 4;
+    let fork = linux.template.fork(json!({}))?;
+    let left = AtomicUsize::new(COMMANDS);
+    std::thread::scope(|scope| {
+        let run = || {
+            let ran = fork.exec(json!({"cmd": ["true"], "timeout": "100s"}));
+            left.fetch_sub(1, Ordering::Relaxed);
+            same("its exit code", json!(0), ran?["exit_code"].clone())
+        };
+        let look = || {
+            while left.load(Ordering::Relaxed) > 0 {
+                fork.is_in("Running")?;
+            }
+            Ok(())
+        };
+        let commands: Vec<_> = (0..COMMANDS).map(|_| scope.spawn(run)).collect();
+        let looks: Vec<_> = (0..LOOKING).map(|_| scope.spawn(look)).collect();
+        let mut all = commands.into_iter().chain(looks);
+        all.try_for_each(|thread| match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })
 }
 
 fn outlives_its_time(linux: &mut Linux) -> Result<(), Failure> {

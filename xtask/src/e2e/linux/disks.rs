@@ -1,11 +1,15 @@
 //! The disks of a Linux guest, and those of its forks: the first is its image's, the second was given to it by its path.
 
+use std::fs::File;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
+use tempfile::TempDir;
 
-use super::{Failure, Linux, Scenario, holds, same};
+use super::{Failure, Linux, MEMORY, Scenario, holds, same};
+use crate::command::{self, Output};
 use crate::e2e::vm::Vm;
 use crate::e2e::world::World;
 
@@ -23,6 +27,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         stop_lets_it_write,
     ),
     (
+        "linux whose host's disk is full is Paused with the reason, and goes on when there is room",
+        host_is_full,
+    ),
+    (
         "a server killed amid a standby of linux costs neither its memory nor its disk",
         killed_amid_standby,
     ),
@@ -32,6 +40,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 pub(super) const IMAGE: &str = "debian";
 const IMAGE_DISK: &str = "/dev/vda";
 const OWN_DISK: &str = "/dev/vdb";
+
+/// How long a mount may take.
+const MOUNT_LIMIT: Duration = Duration::from_secs(10);
 
 const BYTES: usize = 8 << 20;
 /// What lies at the beginning of a base.
@@ -112,6 +123,81 @@ fn stop_lets_it_write(linux: &mut Linux) -> Result<(), Failure> {
     fork.act("start")?;
     fork.wait_for_boot()?;
     same("what it finds on its disk", &*fork.name, &*read(&fork, OWN_DISK)?)
+}
+
+/// A small file system of its own, unmounted when it goes.
+struct Small(TempDir);
+
+impl Small {
+    fn new(megabytes: u32) -> Result<Self, Failure> {
+        let at = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+        let small = Self(at);
+        small.mount(&format!("size={megabytes}m,mode=700"))?;
+        Ok(small)
+    }
+
+    fn grow(&self, megabytes: u32) -> Result<(), Failure> {
+        self.mount(&format!("remount,size={megabytes}m"))
+    }
+
+    fn mount(&self, options: &str) -> Result<(), Failure> {
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(self.0.path());
+        let mounted = command::run(&mut mount, MOUNT_LIMIT, Output::Kept)?;
+        if mounted.succeeded() {
+            return Ok(());
+        }
+        Err(Failure::Skipped(
+            "this user may not mount a file system; run it as root".to_owned(),
+        ))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        // Where it was never mounted there is nothing to undo.
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+fn host_is_full(linux: &mut Linux) -> Result<(), Failure> {
+    let small = Small::new(24)?;
+    let world = linux.world.another_in(small.0.path().to_owned())?;
+    let scratch = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
+    let base = scratch.path().join("disk.img");
+    let made = File::create(&base).and_then(|file| file.set_len(64 << 20));
+    made.map_err(Failure::file(&base))?;
+    let image = linux.world.server.data().join("images").join(IMAGE);
+    let vm = world.create(json!({
+        "name": "full", "hypervisor": "qemu", "kernel": image.join("kernel"), "initrd": image.join("initrd"),
+        "cmdline": "console=ttyS0", "memory": MEMORY, "readiness": "agent", "disks": [{"path": base}],
+    }))?;
+    vm.wait_for_boot()?;
+    // More than there is room for on the host.
+    vm.sh("(dd if=/dev/urandom of=/dev/vda bs=1M count=40 conv=fsync && touch /run/done) >/dev/null 2>&1 &")?;
+    vm.wait("Paused")?;
+    let why = vm.text("state_error")?;
+    holds(why.contains("no room"), "the reason", "the host's disk", &why)?;
+    for operation in ["resume", "standby"] {
+        let refused = vm.try_act(operation)?;
+        same(
+            format!("the code of {operation}"),
+            "insufficient_resources",
+            refused.code(),
+        )?;
+        same(format!("the status of {operation}"), 507, refused.status)?;
+        vm.is_in("Paused")?;
+    }
+    let refused = world.client.post(&vm.path("/exec"), json!({"cmd": ["true"]}))?;
+    same("a command in it", 409, refused.status)?;
+    small.grow(200)?;
+    vm.act("resume")?;
+    vm.sh("until [ -e /run/done ]; do sleep 0.1; done")?;
+    vm.is_in("Running")?;
+    vm.delete()?;
+    world.finish()
 }
 
 fn killed_amid_standby(linux: &mut Linux) -> Result<(), Failure> {
