@@ -33,6 +33,9 @@ pub struct Instance {
     /// Why the state cannot be told, or what went wrong on the way to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_error: Option<String>,
+    /// How its guest came to its end, where it is Shutdown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_end: Option<String>,
     /// Which hypervisor runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorName>,

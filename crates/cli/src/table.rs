@@ -97,6 +97,7 @@ pub(crate) fn instance(instance: &Instance) -> String {
     line("id", Some(instance.id.to_string()));
     line("state", Some(instance.state.to_string()));
     line("state error", instance.state_error.as_deref().map(one_line));
+    line("guest's end", instance.guest_end.as_deref().map(one_line));
     line(
         "hypervisor",
         instance.hypervisor.as_ref().map(ToString::to_string),

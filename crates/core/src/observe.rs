@@ -84,17 +84,24 @@ pub struct Observed {
     pub state: State,
     /// What is wrong, as a sentence without its full stop. Always there where the state is [`State::Unknown`].
     pub error: Option<String>,
+    /// How the guest came to its end; only where the state is [`State::Shutdown`], and only where its VMM tells.
+    pub guest_end: Option<String>,
 }
 
 impl Observed {
     const fn sound(state: State) -> Self {
-        Self { state, error: None }
+        Self {
+            state,
+            error: None,
+            guest_end: None,
+        }
     }
 
     const fn unknown(error: String) -> Self {
         Self {
             state: State::Unknown,
             error: Some(error),
+            guest_end: None,
         }
     }
 }
@@ -128,16 +135,24 @@ pub fn derive(metadata: &Metadata, snapshot: &SnapshotFacts, vmm: &VmmFacts) -> 
                 State::Paused => Some(format!("its VMM stopped it: {}", end.reason)),
                 _ => None,
             });
-            Observed { state, error: failed }
+            Observed {
+                state,
+                error: failed,
+                guest_end: end
+                    .as_ref()
+                    .filter(|_| state == State::Shutdown)
+                    .map(|end| end.reason.clone()),
+            }
         }
     }
 }
 
 /// The state of an instance that has no VMM, although its record names one.
 fn without_vmm(metadata: &Metadata, snapshot: &SnapshotFacts, why: String) -> Observed {
-    let Observed { state, error } = asleep(metadata, snapshot);
+    let Observed { state, error, .. } = asleep(metadata, snapshot);
     Observed {
         state,
+        guest_end: None,
         error: Some(match error {
             Some(error) => format!("{error}; {why}"),
             None => why,

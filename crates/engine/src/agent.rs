@@ -7,6 +7,7 @@
 //! | `ask` | what sessions and operations ask of a link |
 //! | `conversation` | what is said, and what is heard: a value that does no I/O |
 //! | `session` | one command: its output, its input, its end |
+//! | `standstill` | looks whether a guest still runs in which commands run |
 //! | `run` | a command from its request to its result |
 //!
 //! The task owns the stream. It greets the guest under a nonce of its own, waits for the guest's greeting for as long as
@@ -23,6 +24,7 @@ mod greeting;
 mod link;
 mod run;
 mod session;
+mod standstill;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -113,6 +115,9 @@ impl AgentLink {
         });
         let hurry = Arc::new(Notify::new());
         let thaw = Arc::new(link::Thaw::default());
+        let (busy, is_busy) = watch::channel(false);
+        let (stands_still, still) = mpsc::channel(1);
+        let watching = standstill::watch(Arc::clone(&hypervisor), dir.clone(), is_busy, stands_still);
         let link = link::Link {
             // The slot owns the link, not the other way round.
             slot: Arc::downgrade(slot),
@@ -127,8 +132,16 @@ impl AgentLink {
             sees,
             hurry: Arc::clone(&hurry),
             thaw: Arc::clone(&thaw),
+            busy,
+            still,
         };
-        let task = tokio::spawn(link.keep(process)).abort_handle();
+        let kept = async move {
+            tokio::select! {
+                () = link.keep(process) => {}
+                () = watching => {}
+            }
+        };
+        let task = tokio::spawn(kept).abort_handle();
         Self {
             asks,
             gone,

@@ -21,6 +21,8 @@ pub struct Instance {
     pub state: State,
     /// Why the state is unknown, or what went wrong on the way to it.
     pub state_error: Option<String>,
+    /// How its guest came to its end; only where it is [`State::Shutdown`], and only where its VMM tells.
+    pub guest_end: Option<String>,
     /// Of a template: its live forks.
     pub forks: Option<Vec<LiveFork>>,
     /// Of a template: its armed forks.

@@ -242,6 +242,7 @@ impl Engine {
             Ok(seen) => {
                 instance.state = seen.observed.state;
                 instance.state_error = seen.observed.error;
+                instance.guest_end = seen.observed.guest_end;
                 if seen.metadata.is_template {
                     instance.armed = Some(self.armed(slot, &seen.metadata));
                     match self.forks_to_show(slot).await {
@@ -327,6 +328,7 @@ fn unseen(slot: &Slot) -> Instance {
         metadata: None,
         state: State::Unknown,
         state_error: None,
+        guest_end: None,
         forks: None,
         armed: None,
         agent: agent_state(slot),

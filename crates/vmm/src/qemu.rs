@@ -309,7 +309,8 @@ impl Hypervisor for Qemu {
     async fn info(&self, dir: &InstanceDir) -> Result<VmStatus, VmmError> {
         let monitor = Monitor::open(&self.links, dir, Call::Info).await?;
         let state = monitor.status().await?;
-        Ok(status(state, monitor.disk_error().as_ref()))
+        let (disk_error, cause) = (monitor.disk_error(), monitor.shutdown_cause());
+        Ok(status(state, disk_error.as_ref(), cause.as_deref()))
     }
 
     async fn console_input(&self, dir: &InstanceDir, vmm: &VmmProcess, input: &[u8]) -> Result<(), VmmError> {
@@ -353,7 +354,7 @@ impl Hypervisor for Qemu {
     }
 }
 
-fn status(state: RunState, disk_error: Option<&DiskError>) -> VmStatus {
+fn status(state: RunState, disk_error: Option<&DiskError>, cause: Option<&str>) -> VmStatus {
     let ended = |phase, failed, reason: &str| VmStatus {
         phase,
         end: Some(GuestEnd {
@@ -367,7 +368,15 @@ fn status(state: RunState, disk_error: Option<&DiskError>) -> VmStatus {
         RunState::Prelaunch => VmPhase::Created,
         RunState::Inmigrate => VmPhase::Undefined,
         RunState::Running | RunState::Suspended => VmPhase::Running,
-        RunState::Shutdown => return down(false, "the guest powered off or asked for a reset"),
+        RunState::Shutdown => {
+            return match cause {
+                Some("guest-shutdown") => down(false, "the guest powered off"),
+                Some("guest-reset") => down(false, "the guest asked for a reset"),
+                Some("guest-panic") => down(true, "the guest's kernel panicked"),
+                // Another server heard it.
+                _ => down(false, "the guest powered off or asked for a reset"),
+            };
+        }
         RunState::GuestPanicked => return down(true, "the guest's kernel panicked"),
         RunState::InternalError => return down(true, "QEMU could not go on with the guest"),
         RunState::IoError => return stopped(&disk_reason(disk_error)),

@@ -50,13 +50,13 @@ fn assert_derives(
     state: State,
     error: Option<&str>,
 ) {
-    assert_eq!(
-        derive(metadata, snapshot, vmm),
-        Observed {
-            state,
-            error: error.map(str::to_owned)
-        }
-    );
+    let Observed {
+        state: found,
+        error: why,
+        guest_end,
+    } = derive(metadata, snapshot, vmm);
+    assert_eq!((found, why.as_deref()), (state, error));
+    assert!(guest_end.is_none() || state == State::Shutdown);
 }
 
 #[test]

@@ -343,6 +343,28 @@ impl Conversation {
         self.sessions.insert(id, session);
     }
 
+    /// Whether somebody waits for a command.
+    pub(super) fn is_busy(&self) -> bool {
+        self.sessions.values().any(|session| !session.abandoned)
+    }
+
+    /// The guest does not run. All sessions are over for those who wait; their commands are killed as soon as it runs again.
+    pub(super) fn stand_still(&mut self, why: &str) {
+        let waiting = self.sessions.iter_mut().filter(|(_, session)| !session.abandoned);
+        let mut over = Vec::new();
+        for (id, session) in waiting {
+            match session.opened.take() {
+                // Who asked may be gone.
+                Some(opened) => drop(opened.send(Err(NotOpened::Lost(why.to_owned())))),
+                None => session.shared.end(Err(why.to_owned())),
+            }
+            over.push(*id);
+        }
+        for id in over {
+            self.abandon(id);
+        }
+    }
+
     /// All sessions are over; why, as part of a sentence.
     pub(super) fn lose_sessions(&mut self, why: &str) {
         for (_, session) in self.sessions.drain() {

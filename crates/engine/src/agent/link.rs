@@ -51,6 +51,10 @@ pub(super) struct Link {
     pub(super) sees: watch::Sender<Seen>,
     pub(super) hurry: Arc<Notify>,
     pub(super) thaw: Arc<Thaw>,
+    /// Whether somebody waits for a command.
+    pub(super) busy: watch::Sender<bool>,
+    /// Why the guest does not run, although somebody waits.
+    pub(super) still: mpsc::Receiver<String>,
 }
 
 /// That a guest's users' processes are to go on. Who asks for it never waits: what is asked for later is done later.
@@ -201,7 +205,11 @@ impl Link {
                     conversation.tell_epoch();
                 },
                 Some(session) = self.left.recv() => conversation.abandon(session),
+                Some(why) = self.still.recv() => conversation.stand_still(&why),
             }
+            let is_busy = conversation.is_busy();
+            self.busy
+                .send_if_modified(|was| std::mem::replace(was, is_busy) != is_busy);
             self.see(conversation.state().clone());
         }
     }

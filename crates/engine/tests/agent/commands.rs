@@ -289,6 +289,37 @@ async fn a_command_is_lost_with_its_vm_and_that_is_told() {
 }
 
 #[tokio::test]
+async fn a_command_ends_when_its_guest_goes_down_or_is_paused_and_is_killed_if_that_goes_on() {
+    let (house, _guests, mut guest) = running().await;
+    let running = run(&house, request(&["sleep", "1000"]));
+    let (session, _) = guest.asked_to_run().await;
+    guest.say(ToHost::Started { session, pid: 7 }).await;
+    house.engine.pause("web").await.unwrap();
+    let lost = within(running).await.unwrap().unwrap_err();
+    assert!(
+        matches!(&lost, EngineError::AgentLost { why, .. } if why == "its VM was paused"),
+        "{lost}"
+    );
+    assert_eq!(
+        guest.hear().await,
+        ToGuest::Signal {
+            session,
+            signal: SIGKILL
+        }
+    );
+    house.engine.resume("web").await.unwrap();
+    // One that is not begun yet ends like one that runs.
+    let running = run(&house, request(&["sleep", "1000"]));
+    guest.asked_to_run().await;
+    house.hypervisor.guests_go_down();
+    let lost = within(running).await.unwrap().unwrap_err();
+    assert!(
+        matches!(&lost, EngineError::AgentLost { why, .. } if why == "its guest is down"),
+        "{lost}"
+    );
+}
+
+#[tokio::test]
 async fn a_command_is_lost_with_its_agent_and_that_is_told() {
     let (house, _guests, mut guest) = running().await;
     let running = run(&house, request(&["sleep", "1000"]));

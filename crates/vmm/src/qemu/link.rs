@@ -64,6 +64,8 @@ struct Known {
     changes: u64,
     /// The last error of a disk that stopped the VM.
     disk_error: Option<DiskError>,
+    /// Why the guest is down (`ShutdownCause`, qapi/run-state.json), as of the last `SHUTDOWN` event.
+    shutdown: Option<String>,
     /// Why the connection is closed.
     fault: Option<Fault>,
 }
@@ -238,6 +240,11 @@ impl Link {
         self.known().disk_error.clone()
     }
 
+    /// Why the guest is down, in QEMU's word for it.
+    pub(super) fn shutdown_cause(&self) -> Option<String> {
+        self.known().shutdown.clone()
+    }
+
     /// How often something has happened that may change what the VM does.
     pub(super) fn changes(&self) -> u64 {
         self.known().changes
@@ -301,6 +308,9 @@ impl Shared {
     fn hear(&self, event: Event) {
         if event.name == "BLOCK_IO_ERROR" {
             self.known().disk_error = serde_json::from_value(event.data.clone()).ok();
+        }
+        if event.name == "SHUTDOWN" {
+            self.known().shutdown = event.data["reason"].as_str().map(str::to_owned);
         }
         self.forget_state();
         // Most often nobody follows them.

@@ -102,6 +102,11 @@ impl Monitor {
         self.link.disk_error()
     }
 
+    /// Why the guest is down, in QEMU's word for it.
+    pub(super) fn shutdown_cause(&self) -> Option<String> {
+        self.link.shutdown_cause()
+    }
+
     /// Refuses the call unless the VM does this.
     pub(super) async fn expect(&self, state: RunState) -> Result<(), VmmError> {
         let found = self.status().await?;

@@ -260,8 +260,8 @@ async fn a_vm_that_was_woken_is_written_whole_after_its_snapshot_is_gone() {
 async fn a_guest_that_is_down_leaves_the_vmm_up_which_says_why() {
     let Some(world) = World::new() else { return };
     for (input, failed, reason) in [
-        ("o", false, "the guest powered off or asked for a reset"),
-        ("r", false, "the guest powered off or asked for a reset"),
+        ("o", false, "the guest powered off"),
+        ("r", false, "the guest asked for a reset"),
         ("p", true, "the guest's kernel panicked"),
     ] {
         let (dir, process) = world.running(&format!("ends-by-{input}")).await;

@@ -17,6 +17,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         many_at_once,
     ),
     (
+        "a command in a linux that goes down or is paused ends with the reason",
+        goes_down,
+    ),
+    (
         "a command that outlives its time is ended with all of its processes",
         outlives_its_time,
     ),
@@ -76,6 +80,55 @@ fn many_at_once(linux: &mut Linux) -> Result<(), Failure> {
             Err(panic) => std::panic::resume_unwind(panic),
         })
     })
+}
+
+fn goes_down(linux: &mut Linux) -> Result<(), Failure> {
+    for (script, end) in [
+        ("poweroff -f", "the guest powered off"),
+        ("reboot -f", "the guest asked for a reset"),
+    ] {
+        let fork = linux.template.fork(json!({}))?;
+        // Its shell waits for something that never comes.
+        let script = format!("{script} & sleep 777");
+        let lost = fork.client.post(
+            &fork.path("/exec"),
+            json!({"cmd": ["sh", "-c", script], "timeout": "100s"}),
+        )?;
+        same(format!("{script}: the code"), "agent_lost", lost.code())?;
+        let why = lost.body["message"].as_str().unwrap_or_default();
+        holds(
+            why.contains("its guest is down: "),
+            script,
+            "that the guest is down",
+            why,
+        )?;
+        fork.is_in("Shutdown")?;
+        same("how it came to its end", end, &*fork.text("guest_end")?)?;
+    }
+    let fork = linux.template.fork(json!({}))?;
+    let script = "touch /run/begun; sleep 777";
+    let (lost, paused) = std::thread::scope(|scope| {
+        let run = || {
+            fork.client.post(
+                &fork.path("/exec"),
+                json!({"cmd": ["sh", "-c", script], "timeout": "100s"}),
+            )
+        };
+        let running = scope.spawn(run);
+        let paused = fork
+            .sh("until [ -e /run/begun ]; do sleep 0.1; done")
+            .and_then(|_| fork.act("pause"));
+        (running.join(), paused)
+    });
+    paused?;
+    let lost = match lost {
+        Ok(lost) => lost?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    };
+    same("the code of one that is paused", "agent_lost", lost.code())?;
+    fork.act("resume")?;
+    let left = fork.sh("until ! ps -o args | grep -qE '^sleep 777'; do sleep 0.1; done")?;
+    same("what is left of it", "", &*left)
 }
 
 fn outlives_its_time(linux: &mut Linux) -> Result<(), Failure> {
