@@ -27,7 +27,7 @@ mod session;
 mod standstill;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use stencil_agent::{Exec, SessionId};
@@ -74,6 +74,8 @@ pub(crate) struct AgentLink {
     hurry: Arc<Notify>,
     thaw: Arc<link::Thaw>,
     sessions: AtomicU32,
+    /// The guest has said that its users' processes are stopped, and was not asked since to let them go on.
+    frozen: AtomicBool,
     task: AbortHandle,
 }
 
@@ -149,6 +151,7 @@ impl AgentLink {
             hurry,
             thaw,
             sessions: AtomicU32::new(0),
+            frozen: AtomicBool::new(false),
             task,
         }
     }
@@ -199,21 +202,30 @@ impl AgentLink {
             frozen.await.ok()
         };
         match timeout(FREEZE_LIMIT, asked).await {
-            Ok(Some(Ok(()))) => true,
+            Ok(Some(Ok(()))) => {
+                self.frozen.store(true, Ordering::Relaxed);
+                true
+            }
             Ok(Some(Err(why))) => {
-                tracing::warn!(instance = %id, why, "its processes could not be stopped before the snapshot");
+                tracing::warn!(instance = %id, why, "its processes could not be stopped before its VM");
                 false
             }
             Ok(None) => false,
             Err(_elapsed) => {
-                tracing::warn!(instance = %id, after = ?FREEZE_LIMIT, "its agent did not stop its processes before the snapshot");
+                tracing::warn!(instance = %id, after = ?FREEZE_LIMIT, "its agent did not stop its processes before its VM");
                 false
             }
         }
     }
 
-    /// Lets the users' processes go on in the same epoch, as soon as the guest runs.
+    /// Whether the users' processes are stopped.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Relaxed)
+    }
+
+    /// Sets the guest's clock, and lets the users' processes go on in the same epoch, as soon as the guest runs.
     pub(crate) fn thaw(&self) {
+        self.frozen.store(false, Ordering::Relaxed);
         self.thaw.ask();
     }
 

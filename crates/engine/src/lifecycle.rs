@@ -123,8 +123,8 @@ impl Engine {
         match change {
             Change::Start => self.boot(slot, metadata, Durability::Renamed, stopwatch).await,
             Change::Stop => self.shut_down(slot, metadata, observed.state, stopwatch).await,
-            Change::Pause => self.pause_vm(slot, &metadata, stopwatch).await,
-            Change::Resume => self.resume_vm(slot, &metadata, stopwatch).await,
+            Change::Pause => self.stand_still(slot, &metadata, stopwatch).await,
+            Change::Resume => self.go_on(slot, &metadata, stopwatch).await,
             Change::Standby => {
                 self.suspend(slot, metadata, observed.state, Purpose::Standby, stopwatch)
                     .await

@@ -21,7 +21,31 @@ use crate::registry::Slot;
 use crate::{Engine, EngineError};
 
 impl Engine {
-    pub(crate) async fn pause_vm(
+    /// Stops the vCPUs, and before that the users' processes: they go on when the guest has the right time again.
+    pub(crate) async fn stand_still(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        self.freeze_and_pause(slot, metadata, Purpose::Pause, stopwatch)
+            .await
+            .map(drop)
+    }
+
+    /// Lets a VM go on that stood still: its guest's clock is set, and then its users' processes go on.
+    pub(crate) async fn go_on(
+        &self,
+        slot: &Slot,
+        metadata: &Metadata,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<(), EngineError> {
+        self.resume_vm(slot, metadata, stopwatch).await?;
+        thaw(slot);
+        Ok(())
+    }
+
+    async fn pause_vm(
         &self,
         slot: &Slot,
         metadata: &Metadata,
@@ -81,15 +105,15 @@ impl Engine {
         let frozen = if state == State::Running {
             self.freeze_and_pause(slot, &metadata, purpose, stopwatch).await?
         } else {
-            has_agent(slot, &metadata).then_some(false)
+            has_agent(slot, &metadata).then(|| is_frozen(slot))
         };
         if let Err(failed) = self.write_snapshot(slot, &metadata, frozen, stopwatch).await {
             if state == State::Running
-                && let Err(error) = self.resume_vm(slot, &metadata, stopwatch).await
+                && let Err(error) = self.go_on(slot, &metadata, stopwatch).await
             {
                 tracing::error!(instance = %slot.id, error = error_chain(&error), "a VM does not go on after a failed standby");
+                thaw(slot);
             }
-            thaw(slot);
             return Err(failed);
         }
         let metadata = match self.end_vmm(slot, metadata, Durability::Synced).await {
@@ -262,9 +286,11 @@ impl Engine {
     }
 }
 
-/// What a VM is suspended for.
+/// What a VM is stopped for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
+    /// To stand still in memory.
+    Pause,
     /// To go on later as the same machine.
     Standby,
     /// To be forked now.
@@ -276,6 +302,13 @@ fn has_agent(slot: &Slot, metadata: &Metadata) -> bool {
     let running = slot.vmm();
     let link = running.as_ref().and_then(|running| running.agent.as_ref());
     metadata.spec.readiness == Readiness::Agent || link.is_some_and(AgentLink::was_heard)
+}
+
+/// Whether the users' processes were stopped before the VM was.
+fn is_frozen(slot: &Slot) -> bool {
+    let running = slot.vmm();
+    let link = running.as_ref().and_then(|running| running.agent.as_ref());
+    link.is_some_and(AgentLink::is_frozen)
 }
 
 /// Lets the users' processes go on in a guest that was to be snapshotted, when it runs; also where it does not go on now.

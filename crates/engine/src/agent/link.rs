@@ -57,7 +57,7 @@ pub(super) struct Link {
     pub(super) still: mpsc::Receiver<String>,
 }
 
-/// That a guest's users' processes are to go on. Who asks for it never waits: what is asked for later is done later.
+/// That a guest stood still: it is to be told the time, and its users' processes are to go on. Who asks for it never waits: what is asked for later is done later.
 #[derive(Debug, Default)]
 pub(super) struct Thaw {
     is_wanted: AtomicBool,
@@ -138,8 +138,6 @@ impl Link {
     /// Talks until the stream ends; whether the guest was heard.
     async fn converse(&mut self, stream: UnixStream) -> bool {
         let identity = self.identity.clone();
-        // By the greeting a guest that stands still is told its epoch in any case.
-        self.thaw.take();
         let mut conversation = if std::mem::take(&mut self.is_new) {
             Conversation::with_new_guest(identity)
         } else {

@@ -12,7 +12,7 @@ use stencil_engine::{
 use tokio::task::JoinHandle;
 
 use super::guest::Guest;
-use super::{Guests, house, template};
+use super::{Guests, house, paused, template};
 use crate::scripted::House;
 use crate::{kill, within};
 
@@ -294,7 +294,7 @@ async fn a_command_ends_when_its_guest_goes_down_or_is_paused_and_is_killed_if_t
     let running = run(&house, request(&["sleep", "1000"]));
     let (session, _) = guest.asked_to_run().await;
     guest.say(ToHost::Started { session, pid: 7 }).await;
-    house.engine.pause("web").await.unwrap();
+    paused(&house, &mut guest, "web").await;
     let lost = within(running).await.unwrap().unwrap_err();
     assert!(
         matches!(&lost, EngineError::AgentLost { why, .. } if why == "its VM was paused"),
@@ -308,6 +308,7 @@ async fn a_command_ends_when_its_guest_goes_down_or_is_paused_and_is_killed_if_t
         }
     );
     house.engine.resume("web").await.unwrap();
+    guest.take_epoch_again().await;
     // One that is not begun yet ends like one that runs.
     let running = run(&house, request(&["sleep", "1000"]));
     guest.asked_to_run().await;

@@ -88,6 +88,15 @@ impl Guest {
         }
     }
 
+    /// Is told the epoch that it has, and with it the time.
+    pub(crate) async fn take_epoch_again(&mut self) -> Epoch {
+        let ToGuest::Epoch(epoch) = self.hear().await else {
+            panic!("the epoch was expected")
+        };
+        self.say(ToHost::EpochTaken { id: epoch.id }).await;
+        epoch
+    }
+
     pub(crate) async fn take_epoch(&mut self) -> Epoch {
         let epoch = self.given_epoch().await;
         self.say(ToHost::EpochTaken { id: epoch.id }).await;

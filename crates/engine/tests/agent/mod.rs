@@ -72,6 +72,33 @@ async fn standby(house: &House, guest: &mut Guest, name: &str) {
     standby.await.unwrap();
 }
 
+/// Pauses an instance, whose guest stops its processes.
+async fn paused(house: &House, guest: &mut Guest, name: &str) {
+    let (engine, name) = (house.engine.clone(), name.to_owned());
+    let pausing = tokio::spawn(async move { engine.pause(&name).await.unwrap() });
+    assert_eq!(guest.hear().await, ToGuest::Freeze);
+    guest.say(ToHost::Frozen).await;
+    assert_eq!(pausing.await.unwrap().state, State::Paused);
+}
+
+#[tokio::test]
+async fn a_guest_that_is_paused_stops_its_processes_and_is_told_the_time_when_it_goes_on() {
+    let (house, mut guests) = house().await;
+    house.engine.create(asks_the_agent(&house, "web")).await.unwrap();
+    let mut guest = Guest::next(&mut guests).await;
+    let first = guest.take_epoch().await;
+    assert!(reaches(&house, "web", State::Running).await);
+    paused(&house, &mut guest, "web").await;
+    let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    house.engine.resume("web").await.unwrap();
+    let again = guest.take_epoch_again().await;
+    assert!(again.id == first.id && again.wall_clock >= before);
+    // Its processes are stopped as they are for a snapshot, so that forks can be made of one.
+    paused(&house, &mut guest, "web").await;
+    house.engine.standby("web").await.unwrap();
+    house.engine.promote("web", None).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_guest_is_running_when_its_agent_has_taken_the_epoch() {
     let (house, mut guests) = house().await;

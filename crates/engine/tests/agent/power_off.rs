@@ -7,7 +7,7 @@ use stencil_core::State;
 use stencil_engine::CreateRequest;
 
 use super::guest::Guest;
-use super::{asks_the_agent, house, reaches};
+use super::{asks_the_agent, house, paused, reaches};
 use crate::scripted::House;
 
 const PRESSED: &str = "press the power button";
@@ -54,7 +54,7 @@ async fn only_a_guest_that_is_running_is_asked_and_none_that_is_deleted() {
         match name {
             "deleted" => house.engine.delete(name).await.unwrap(),
             "paused" => {
-                house.engine.pause(name).await.unwrap();
+                paused(&house, &mut guest, name).await;
                 house.engine.stop(name).await.unwrap();
             }
             _ => drop(house.engine.stop(name).await.unwrap()),

@@ -9,6 +9,10 @@ use crate::linux;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     (
+        "linux that was paused has the host's time when its processes go on",
+        paused_keeps_time,
+    ),
+    (
         "a server that was killed finds the guest's agent again",
         server_comes_back,
     ),
@@ -163,4 +167,31 @@ fn work_ends_with_its_server(linux: &mut Linux) -> Result<(), Failure> {
     holds(reply.is_err(), "the call", "cut off", reply.is_ok())?;
     linux.world.server.start_again()?;
     same("instances of the next server", 1, linux.world.list()?.len())
+}
+
+fn paused_keeps_time(linux: &mut Linux) -> Result<(), Failure> {
+    /// More than a clock may be off.
+    const PAUSED: Duration = Duration::from_secs(3);
+    let fork = linux.template.fork(json!({}))?;
+    // It notes the time whenever it has jumped.
+    fork.sh(
+        "(last=$(date +%s); while :; do now=$(date +%s); [ $((now - last)) -lt 2 ] || echo $now >>/run/jumps; last=$now; \
+         sleep 0.1; done) >/dev/null 2>&1 &",
+    )?;
+    fork.act("pause")?;
+    // Nothing is waited for but that time passes.
+    std::thread::sleep(PAUSED);
+    fork.act("resume")?;
+    fork.has_the_time()?;
+    // The first thing that its processes see is the right time: one jump, and not a slow start from the old one.
+    let jumps = fork.sh("until [ -e /run/jumps ]; do sleep 0.1; done; wc -l </run/jumps")?;
+    same("how often its clock jumped", "1", jumps.trim())?;
+    // A server that was killed amid a pause leaves that to the next.
+    fork.act("pause")?;
+    linux.world.server.kill9()?;
+    linux.world.server.start_again()?;
+    std::thread::sleep(PAUSED);
+    fork.act("resume")?;
+    fork.wait("Running")?;
+    fork.has_the_time()
 }
