@@ -175,8 +175,9 @@ fn paused_keeps_time(linux: &mut Linux) -> Result<(), Failure> {
     let fork = linux.template.fork(json!({}))?;
     // It notes the time whenever it has jumped.
     fork.sh(
-        "(last=$(date +%s); while :; do now=$(date +%s); [ $((now - last)) -lt 2 ] || echo $now >>/run/jumps; last=$now; \
-         sleep 0.1; done) >/dev/null 2>&1 &",
+        "(last=$(date +%s); touch /run/began; while :; do now=$(date +%s); [ $((now - last)) -lt 2 ] || echo $now >>/run/jumps; last=$now; \
+         sleep 0.1; done) >/dev/null 2>&1 &
+         until [ -e /run/began ]; do sleep 0.1; done",
     )?;
     fork.act("pause")?;
     // Nothing is waited for but that time passes.
