@@ -64,6 +64,7 @@ impl World {
             data: scratch.path().join("data"),
             hypervisors: vec![Arc::new(MicroVm::new(built.microvm.clone()))],
             armed: 0,
+            log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
         })
         .await?;
         let world = Self {

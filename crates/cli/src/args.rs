@@ -192,6 +192,15 @@ pub(crate) struct Serve {
         value_name = "N"
     )]
     pub(crate) armed: u32,
+    /// How much of each VM's console and VMM log is kept, the last part
+    #[arg(
+        long,
+        env = "STENCIL_LOG_LIMIT",
+        hide_env_values = true,
+        default_value = "16MiB",
+        value_name = "SIZE"
+    )]
+    pub(crate) log_limit: MemorySize,
 }
 
 /// Where VMMs are.

@@ -102,6 +102,7 @@ async fn serve(asked: Serve, socket: Option<PathBuf>) -> Result<(), Failure> {
         data: data.clone(),
         hypervisors,
         armed: asked.armed,
+        log_limit: asked.log_limit.0,
     };
     let engine = Engine::open(config).await.map_err(|source| Failure::Open {
         data: data.clone(),

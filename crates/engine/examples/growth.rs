@@ -59,6 +59,7 @@ async fn measured(below: &Path, size: u32) -> Result<Vec<(&'static str, u128)>, 
         data: scratch.path().join("data"),
         hypervisors: vec![Arc::new(MicroVm::new("/nonexistent/stencil-microvm".into()))],
         armed: 0,
+        log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
     })
     .await?;
     let mut rows = vec![("open", begun.elapsed().as_micros())];

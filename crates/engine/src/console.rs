@@ -15,6 +15,7 @@ use stencil_core::InstanceDir;
 use stencil_vmm::VmmError;
 
 use crate::changes::Changes;
+use crate::logs::first_data;
 use crate::registry::Slot;
 use crate::{Engine, EngineError};
 
@@ -98,6 +99,7 @@ fn follow_log(follow: Follow) -> impl Stream<Item = Result<Bytes, EngineError>> 
                 follow.log = File::open(&path).ok();
             }
             if let Some(log) = &mut follow.log {
+                skip_what_is_gone(log).map_err(EngineError::io("read", &path))?;
                 let mut chunk = vec![0; CHUNK];
                 let read = log.read(&mut chunk).map_err(EngineError::io("read", path))?;
                 if read > 0 {
@@ -111,6 +113,19 @@ fn follow_log(follow: Follow) -> impl Stream<Item = Result<Bytes, EngineError>> 
             }
         }
     })
+}
+
+/// Moves on over the part of a log that is not kept any more; to its beginning where somebody has cut it off.
+fn skip_what_is_gone(log: &mut File) -> std::io::Result<()> {
+    let position = log.stream_position()?;
+    let next = if log.metadata()?.len() < position {
+        0
+    } else {
+        position
+    };
+    let data = first_data(log, next)?;
+    log.seek(SeekFrom::Start(data))?;
+    Ok(())
 }
 
 /// The log, if there is one; at the beginning of its last `tail` lines.
@@ -132,11 +147,12 @@ fn seek_to_last_lines(log: &mut File, lines: u64) -> std::io::Result<()> {
     if lines == 0 {
         return Ok(());
     }
+    let begin = first_data(log, 0)?;
     let mut chunk = vec![0; CHUNK];
     let mut chunk_end = end;
     let mut newlines = 0;
-    while chunk_end > 0 {
-        let chunk_begin = chunk_end.saturating_sub(CHUNK as u64);
+    while chunk_end > begin {
+        let chunk_begin = chunk_end.saturating_sub(CHUNK as u64).max(begin);
         let part = &mut chunk[..usize::try_from(chunk_end - chunk_begin).unwrap_or(CHUNK)];
         log.read_exact_at(part, chunk_begin)?;
         for (index, _) in part.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n') {
@@ -152,7 +168,7 @@ fn seek_to_last_lines(log: &mut File, lines: u64) -> std::io::Result<()> {
         }
         chunk_end = chunk_begin;
     }
-    log.seek(SeekFrom::Start(0))?;
+    log.seek(SeekFrom::Start(begin))?;
     Ok(())
 }
 
@@ -184,6 +200,20 @@ mod tests {
         assert_eq!(tail(b"a\nb\n", 9), "a\nb\n");
         assert_eq!(tail(b"a\nb\n", 0), "");
         assert_eq!(tail(b"", 3), "");
+    }
+
+    #[test]
+    fn a_log_that_was_cut_off_is_read_from_its_beginning() {
+        let file = log(b"long before\n");
+        let mut reader = File::open(file.path()).unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        file.as_file().set_len(0).unwrap();
+        std::fs::write(file.path(), "anew\n").unwrap();
+        skip_what_is_gone(&mut reader).unwrap();
+        text.clear();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "anew\n");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::armed;
 use crate::changes::Watcher;
 use crate::host::Host;
 use crate::limits::Promises;
+use crate::logs::SMALLEST_LOG;
 use crate::pressure::Pressure;
 use crate::registry::{Registry, Slot};
 use crate::write_behind::WriteBehind;
@@ -27,6 +28,9 @@ pub struct Config {
     pub hypervisors: Vec<Arc<dyn Hypervisor>>,
     /// How many forks of a template are kept prepared that does not say itself: 0 to [`MAX_ARMED`](crate::MAX_ARMED).
     pub armed: u32,
+    /// How many bytes of each VM's console log and VMM log are kept, the last ones: 64 KiB at least; see
+    /// [`DEFAULT_LOG_LIMIT`](crate::DEFAULT_LOG_LIMIT).
+    pub log_limit: u64,
 }
 
 /// Manages the instances of one data directory. Cheap to clone; every clone is the same engine.
@@ -45,6 +49,7 @@ pub(crate) struct Inner {
     /// One fork is armed at a time, behind those that are waited for. Closed with the engine.
     pub(crate) arming: Arc<Semaphore>,
     pub(crate) armed_by_default: u32,
+    pub(crate) log_limit: u64,
     pub(crate) pressure: Pressure,
     pub(crate) watcher: Watcher,
     pub(crate) host: Host,
@@ -73,6 +78,7 @@ impl Engine {
                 bring_up: Semaphore::new((2 * cores).max(4)),
                 arming: Arc::new(Semaphore::new(1)),
                 armed_by_default: config.armed,
+                log_limit: config.log_limit.max(SMALLEST_LOG),
                 pressure: Pressure::default(),
                 host: Host::read(),
                 promises: Arc::default(),
@@ -81,6 +87,7 @@ impl Engine {
         };
         let templates = engine.reconcile().await?;
         engine.watch_pressure();
+        engine.bound_logs();
         join_all(templates.iter().map(|template| engine.find_recording(template))).await;
         for template in &templates {
             engine.refill(template);

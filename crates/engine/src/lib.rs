@@ -21,7 +21,7 @@
 //! | `bring_up`, `suspend` | the hops they are made of: a VMM brought up, a snapshot written, a process ended |
 //! | `power_off` | a guest is asked to power itself off before its VMM is ended |
 //! | `agent` | the agent in a guest: who the guest is in this epoch, and commands in it |
-//! | `console`, `readiness` | the guest's output and input, and its word that it is ready |
+//! | `console`, `readiness`, `logs` | the guest's output and input, its word that it is ready, and how much of its output stays |
 //! | `changes`, `wait` | waiting without polling |
 //! | `write_behind` | records that need not be on disk before the answer are synced behind it |
 //! | `reconcile` | reattaches to VMMs and sweeps leftovers when the engine opens |
@@ -48,11 +48,11 @@
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
-//! use stencil_engine::{Config, Engine, ForkRequest};
+//! use stencil_engine::{Config, DEFAULT_LOG_LIMIT, Engine, ForkRequest};
 //! use stencil_vmm::MicroVm;
 //!
 //! let microvm = Arc::new(MicroVm::new(MicroVm::find()?));
-//! let engine = Engine::open(Config { data: "/var/lib/stencil".into(), hypervisors: vec![microvm], armed: 0 }).await?;
+//! let engine = Engine::open(Config { data: "/var/lib/stencil".into(), hypervisors: vec![microvm], armed: 0, log_limit: DEFAULT_LOG_LIMIT }).await?;
 //! engine.promote("warm", Some(4)).await?;
 //! let fork = engine.fork("warm", None, ForkRequest::default()).await?;
 //! println!("{} is {}", fork.id, fork.state);
@@ -85,6 +85,7 @@ mod instance;
 mod kernel;
 mod lifecycle;
 mod limits;
+mod logs;
 mod names;
 mod observe;
 mod pool;
@@ -112,6 +113,7 @@ pub use error::EngineError;
 pub use fork::{ForkOutcome, MAX_FORKS_PER_CALL, Work};
 pub use instance::{Armed, Instance, Timings};
 pub use limits::{Resource, Shortage};
+pub use logs::DEFAULT_LOG_LIMIT;
 pub use requests::{CreateRequest, DiskRequest, Filter, ForksRequest, ImageRequest};
 pub use stencil_agent::{
     End, Exec, ExecError, Output, PROGRAM as AGENT_PROGRAM, TtySize, VERSION as AGENT_PROTOCOL,

@@ -4,8 +4,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::logs::first_data;
+
 /// Bytes that are read from a log at a time.
 const CHUNK: usize = 64 << 10;
+/// Bytes that one look reads at most: others have their turn in between.
+const MOST_AT_ONCE: u64 = 4 << 20;
 
 /// Looks for the guest's word that it is ready, in what it printed in this epoch; each byte is looked at once.
 #[derive(Debug)]
@@ -33,15 +37,26 @@ impl ReadyScan {
         self.offset
     }
 
-    /// Reads on in the log; whether the guest is ready.
+    /// Reads on in the log, not more than is read in a moment; whether the guest is ready.
     pub(crate) fn advance(&mut self, log: &Path) -> bool {
         if self.wanted.is_none() {
             return true;
         }
         // A log that is not there yet, or cannot be read, holds no word of the guest.
         let Ok(log) = File::open(log) else { return false };
+        // What is gone holds no word any more.
+        if let Ok(data) = first_data(&log, self.offset)
+            && data > self.offset
+        {
+            self.offset = data;
+            self.carried.clear();
+        }
+        let end = self.offset + MOST_AT_ONCE;
         let mut chunk = vec![0; CHUNK];
         while let Some(wanted) = &self.wanted {
+            if self.offset >= end {
+                return false;
+            }
             let read = match log.read_at(&mut chunk, self.offset) {
                 Ok(0) | Err(_) => return false,
                 Ok(read) => read,

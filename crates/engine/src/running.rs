@@ -62,6 +62,20 @@ impl RunningVmm {
         }
     }
 
+    /// Reads on in the console log up to `end`, if that is where the guest says that it is ready.
+    pub(crate) fn read_up_to(&self, log: &Path, end: u64) {
+        if let Word::Console(scan) = &self.word {
+            let mut scan = scan.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut before = None;
+            while scan.seen() < end && before != Some(scan.seen()) {
+                before = Some(scan.seen());
+                if scan.advance(log) {
+                    return;
+                }
+            }
+        }
+    }
+
     /// Whether it is its agent's word that is waited for, and the agent cannot give it.
     pub(crate) fn has_failed(&self) -> bool {
         matches!(self.word, Word::Agent) && self.agent.as_ref().is_some_and(AgentLink::has_failed)

@@ -174,6 +174,17 @@ impl Linux {
         }))
     }
 
+    /// Boots Linux on another server.
+    fn boot_on(&self, world: &World, disks: Value) -> Result<Vm, Failure> {
+        let image = self.world.server.data().join("images").join(disks::IMAGE);
+        let vm = world.create(json!({
+            "name": "elsewhere", "hypervisor": "qemu", "kernel": image.join("kernel"), "initrd": image.join("initrd"),
+            "cmdline": "console=ttyS0", "memory": MEMORY, "readiness": "agent", "disks": disks,
+        }))?;
+        vm.wait_for_boot()?;
+        Ok(vm)
+    }
+
     /// Deletes all but the template, forks before what they are forks of.
     fn clear(&self) -> Result<(), Failure> {
         loop {

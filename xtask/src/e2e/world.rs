@@ -44,9 +44,10 @@ impl World {
         })
     }
 
-    /// Another server like this one's, in a directory of its own in `parent`.
-    pub(super) fn another_in(&self, parent: PathBuf) -> Result<Self, Failure> {
-        let options = [self.hypervisor.serve_options.clone(), self.way.options()].concat();
+    /// Another server like this one's with more options, in a directory of its own in `parent`.
+    pub(super) fn another_in(&self, parent: PathBuf, more: &[&str]) -> Result<Self, Failure> {
+        let mut options = [self.hypervisor.serve_options.clone(), self.way.options()].concat();
+        options.extend(more.iter().map(Into::into));
         let server = Server::start_in(parent, &self.stencil, options)?;
         let client = server.client();
         Ok(Self {

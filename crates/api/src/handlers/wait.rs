@@ -55,6 +55,7 @@ mod tests {
             data: dir.path().to_owned(),
             hypervisors: Vec::new(),
             armed: 0,
+            log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
         })
         .await
         .unwrap();

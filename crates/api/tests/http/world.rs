@@ -162,6 +162,7 @@ pub(crate) async fn open(data: &Path) -> Result<Engine, stencil_engine::EngineEr
         data: data.to_owned(),
         hypervisors: vec![Arc::new(microvm)],
         armed: 0,
+        log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
     })
     .await
 }

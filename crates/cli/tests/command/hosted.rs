@@ -201,6 +201,7 @@ impl Guests {
                 data: dir.path().join("data"),
                 hypervisors: vec![Arc::new(Hosted)],
                 armed: 0,
+                log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
             })
             .await
             .unwrap();

@@ -93,6 +93,7 @@ async fn a_server_on_a_copy_of_a_data_directory_leaves_the_vms_of_the_original_a
         data,
         hypervisors: vec![house.hypervisor.clone()],
         armed: 0,
+        log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
     })
     .await
     .unwrap();

@@ -469,6 +469,7 @@ async fn open_with(data: &TempDir, hypervisors: Vec<Arc<dyn Hypervisor>>) -> Eng
         data: data.path().to_owned(),
         hypervisors,
         armed: 0,
+        log_limit: stencil_engine::DEFAULT_LOG_LIMIT,
     })
     .await
     .unwrap()

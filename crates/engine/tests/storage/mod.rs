@@ -1,14 +1,19 @@
-//! A data directory that cannot be written: what cannot be recorded is not begun.
+//! A data directory that cannot be written, or must not become full: what cannot be recorded is not begun.
 
 use std::error::Error;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
-use stencil_core::State;
-use stencil_engine::{EngineError, ForkRequest, Instance};
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use stencil_core::{Readiness, State};
+use stencil_engine::{CreateRequest, EngineError, ForkRequest, Instance};
 
 use crate::disk::Disk;
 use crate::scripted::House;
+use crate::within;
 
 /// What the file system said.
 fn cause(error: &EngineError) -> Option<ErrorKind> {
@@ -91,4 +96,53 @@ async fn a_full_disk_refuses_what_needs_room_keeps_all_and_lets_instances_be_del
     assert_eq!(house.processes().len(), running.len() - 1);
     fs::remove_file(filler).unwrap();
     engine.fork("warm", None, ForkRequest::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_that_prints_without_end_fills_no_disk_and_its_word_still_counts() {
+    const PRINTED: usize = 40 << 20;
+    let house = House::new().await;
+    let request = CreateRequest {
+        readiness: Readiness::Console("ready\n".to_owned()),
+        ..house.request("loud")
+    };
+    let id = house.engine.create(request).await.unwrap().id;
+    let path = house.metadata_path(&id).with_file_name("console.log");
+    let mut printed = b"ready\n".to_vec();
+    while printed.len() < PRINTED {
+        printed.extend_from_slice(b"and again, and again, and again\n");
+    }
+    fs::write(&path, &printed).unwrap();
+    let held = || fs::metadata(&path).unwrap().blocks() * 512;
+    let kept = async {
+        while held() > 24 << 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(kept).await;
+    // Nobody had looked for it before it was gone.
+    assert_eq!(house.engine.get("loud").await.unwrap().state, State::Running);
+    let told: Vec<Bytes> = house
+        .engine
+        .console("loud", None, false)
+        .await
+        .unwrap()
+        .try_collect()
+        .await
+        .unwrap();
+    let told = told.concat();
+    assert!(
+        told.len() >= 16 << 20 && printed.ends_with(&told),
+        "{} bytes",
+        told.len()
+    );
+    let tail: Vec<Bytes> = house
+        .engine
+        .console("loud", Some(1), false)
+        .await
+        .unwrap()
+        .try_collect()
+        .await
+        .unwrap();
+    assert_eq!(tail.concat(), b"and again, and again, and again\n");
 }

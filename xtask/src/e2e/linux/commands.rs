@@ -1,11 +1,13 @@
 //! Commands in a Linux guest, and files in and out of it.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::{Failure, Linux, Scenario, answered, cp, holds, outputs, same};
+use crate::client::Next;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     (
@@ -19,6 +21,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     (
         "a command in a linux that goes down or is paused ends with the reason",
         goes_down,
+    ),
+    (
+        "of what linux prints without end the last part stays, and who follows its console goes on",
+        prints_without_end,
     ),
     (
         "a command that outlives its time is ended with all of its processes",
@@ -35,6 +41,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     ),
 ];
 
+/// How long something may take that comes soon.
+const LIMIT: Duration = Duration::from_secs(60);
 /// The most of each output that is kept.
 const KEPT: usize = 1 << 20;
 
@@ -129,6 +137,46 @@ fn goes_down(linux: &mut Linux) -> Result<(), Failure> {
     fork.act("resume")?;
     let left = fork.sh("until ! ps -o args | grep -qE '^sleep 777'; do sleep 0.1; done")?;
     same("what is left of it", "", &*left)
+}
+
+fn prints_without_end(linux: &mut Linux) -> Result<(), Failure> {
+    /// More than twice what is kept.
+    const PRINTED: u64 = 200 << 10;
+    let world = linux
+        .world
+        .another_in(std::env::temp_dir(), &["--log-limit", "64KiB"])?;
+    let vm = linux.boot_on(&world, json!([]))?;
+    let mut follower = world.client.open(&vm.path("/console?tail=0&follow=true"))?;
+    vm.sh(&format!(
+        "yes 'and again' | head -c {PRINTED} >/dev/ttyS0; echo the end >/dev/ttyS0"
+    ))?;
+    let log = vm.dir().join("console.log");
+    let found = || std::fs::metadata(&log).map_err(Failure::file(&log));
+    let deadline = Instant::now() + LIMIT;
+    while found()?.blocks() * 512 > 96 << 10 {
+        holds(
+            Instant::now() < deadline,
+            "what is kept",
+            "less than 96 KiB",
+            found()?.blocks(),
+        )?;
+        std::thread::yield_now();
+    }
+    holds(
+        found()?.len() > PRINTED,
+        "its length",
+        "that of all that was printed",
+        found()?.len(),
+    )?;
+    let mut last = String::new();
+    while last.trim() != "the end" {
+        match follower.next_by(deadline)? {
+            Next::Line(line) => last = line,
+            Next::Over | Next::Late => return holds(false, "the follower", "the end", last),
+        }
+    }
+    vm.delete()?;
+    world.finish()
 }
 
 fn outlives_its_time(linux: &mut Linux) -> Result<(), Failure> {

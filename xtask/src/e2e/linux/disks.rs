@@ -164,17 +164,12 @@ impl Drop for Small {
 
 fn host_is_full(linux: &mut Linux) -> Result<(), Failure> {
     let small = Small::new(24)?;
-    let world = linux.world.another_in(small.0.path().to_owned())?;
+    let world = linux.world.another_in(small.0.path().to_owned(), &[])?;
     let scratch = tempfile::tempdir().map_err(Failure::file(std::env::temp_dir()))?;
     let base = scratch.path().join("disk.img");
     let made = File::create(&base).and_then(|file| file.set_len(64 << 20));
     made.map_err(Failure::file(&base))?;
-    let image = linux.world.server.data().join("images").join(IMAGE);
-    let vm = world.create(json!({
-        "name": "full", "hypervisor": "qemu", "kernel": image.join("kernel"), "initrd": image.join("initrd"),
-        "cmdline": "console=ttyS0", "memory": MEMORY, "readiness": "agent", "disks": [{"path": base}],
-    }))?;
-    vm.wait_for_boot()?;
+    let vm = linux.boot_on(&world, json!([{"path": base}]))?;
     // More than there is room for on the host.
     vm.sh("(dd if=/dev/urandom of=/dev/vda bs=1M count=40 conv=fsync && touch /run/done) >/dev/null 2>&1 &")?;
     vm.wait("Paused")?;
