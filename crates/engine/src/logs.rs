@@ -22,10 +22,10 @@ pub const DEFAULT_LOG_LIMIT: u64 = 16 << 20;
 
 /// How often logs are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// A hole ends at a block of every file system.
-const BLOCK: u64 = 64 << 10;
+/// A hole ends at a block of the file system, of which most have this size.
+const BLOCK: u64 = 4 << 10;
 /// Less than this is kept of no log.
-pub(crate) const SMALLEST_LOG: u64 = BLOCK;
+pub(crate) const SMALLEST_LOG: u64 = 64 << 10;
 
 impl Engine {
     /// Bounds the logs of VMs that run, for as long as the engine is there.

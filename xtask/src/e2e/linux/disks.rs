@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{Failure, Linux, MEMORY, Scenario, holds, same};
+use super::{Failure, Linux, Scenario, holds, same};
 use crate::command::{self, Output};
 use crate::e2e::vm::Vm;
 use crate::e2e::world::World;
