@@ -26,7 +26,7 @@ use stencil_engine::{Captured, End, Exec, ExecOutput, ExecRequest, Exited, TtySi
 use crate::ErrorBody;
 use crate::error::ApiError;
 use crate::reply::micros;
-use crate::timeout::Timeout;
+use crate::timeout::TimeLimit;
 
 /// The first byte of a message with standard input.
 pub const STDIN: u8 = 0;
@@ -59,9 +59,9 @@ pub struct RunCommand {
     /// The same, for what is no text; one of both at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin_base64: Option<String>,
-    /// After so long all of its processes are killed; 30 seconds when absent.
-    #[serde(default)]
-    pub timeout: Timeout,
+    /// After so long all of its processes are killed; never when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<TimeLimit>,
 }
 
 impl RunCommand {
@@ -73,7 +73,7 @@ impl RunCommand {
             cwd: None,
             stdin: None,
             stdin_base64: None,
-            timeout: Timeout::default(),
+            timeout: None,
         }
     }
 
@@ -93,7 +93,7 @@ impl RunCommand {
                 argv: self.cmd,
                 env: self.env.into_iter().collect(),
                 cwd: self.cwd,
-                timeout: Some(self.timeout.duration()),
+                timeout: self.timeout.map(TimeLimit::duration),
                 tty: None,
                 stdin: false,
             },
@@ -227,7 +227,7 @@ pub struct StreamCommand {
     pub cwd: Option<String>,
     /// After so long all of its processes are killed; never when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub timeout: Option<Timeout>,
+    pub timeout: Option<TimeLimit>,
     /// A terminal of this size is its input and output; none when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<TerminalSize>,
@@ -243,7 +243,7 @@ impl From<StreamCommand> for Exec {
             env: asked.env.into_iter().collect(),
             cwd: asked.cwd,
             tty: asked.tty.map(TtySize::from),
-            timeout: asked.timeout.map(Timeout::duration),
+            timeout: asked.timeout.map(TimeLimit::duration),
             stdin: asked.stdin,
         }
     }

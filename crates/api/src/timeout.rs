@@ -1,4 +1,4 @@
-//! How long to wait, as people write it: `30`, `500ms`, `1m30s`.
+//! How long to wait, and how long something may take, as people write it: `30`, `500ms`, `1m30s`, `2h`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +8,7 @@ use jiff::SignedDuration;
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// How long a wait may take: at most [`Timeout::MOST`].
+/// How long a wait may take, or with another most something else: at most [`Timeout::MOST`].
 ///
 /// ```
 /// use std::time::Duration;
@@ -20,11 +20,14 @@ use serde::{Deserialize, Deserializer, Serialize};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(into = "String")]
-pub struct Timeout(Duration);
+pub struct Timeout<const MOST_SECONDS: u64 = 600>(Duration);
 
-impl Timeout {
-    /// The longest wait.
-    pub const MOST: Duration = Duration::from_secs(600);
+/// How long a command may take: up to 30 days.
+pub type TimeLimit = Timeout<{ 30 * 24 * 3600 }>;
+
+impl<const MOST_SECONDS: u64> Timeout<MOST_SECONDS> {
+    /// The longest one.
+    pub const MOST: Duration = Duration::from_secs(MOST_SECONDS);
 
     /// As a duration.
     #[must_use]
@@ -44,14 +47,28 @@ impl Default for Timeout {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TimeoutError {
     /// Neither seconds nor a duration with units.
-    #[error("`{0}` is no time; give seconds, such as 30, or a unit too: 500ms, 30s, 2m")]
+    #[error("`{0}` is no time; give seconds, such as 30, or a unit too: 500ms, 30s, 2m, 12h")]
     Unreadable(String),
     /// Longer than [`Timeout::MOST`].
-    #[error("`{0}` is too long; one wait takes at most 10 minutes")]
-    TooLong(String),
+    #[error("`{text}` is too long; it takes at most {}", in_words(*most))]
+    TooLong {
+        /// What was given.
+        text: String,
+        /// What is the most.
+        most: Duration,
+    },
 }
 
-impl FromStr for Timeout {
+/// `10 minutes`, `30 days`.
+fn in_words(most: Duration) -> String {
+    const DAY: u64 = 24 * 3600;
+    match most.as_secs() {
+        seconds if seconds >= DAY => format!("{} days", seconds / DAY),
+        seconds => format!("{} minutes", seconds / 60),
+    }
+}
+
+impl<const MOST_SECONDS: u64> FromStr for Timeout<MOST_SECONDS> {
     type Err = TimeoutError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -67,53 +84,59 @@ impl FromStr for Timeout {
         };
         duration
             .try_into()
-            .map_err(|_: TimeoutError| TimeoutError::TooLong(text.to_owned()))
+            .map_err(|_: TimeoutError| TimeoutError::TooLong {
+                text: text.to_owned(),
+                most: Self::MOST,
+            })
     }
 }
 
-impl TryFrom<Duration> for Timeout {
+impl<const MOST_SECONDS: u64> TryFrom<Duration> for Timeout<MOST_SECONDS> {
     type Error = TimeoutError;
 
     fn try_from(duration: Duration) -> Result<Self, Self::Error> {
         if duration <= Self::MOST {
             Ok(Self(duration))
         } else {
-            Err(TimeoutError::TooLong(format!("{duration:?}")))
+            Err(TimeoutError::TooLong {
+                text: format!("{duration:?}"),
+                most: Self::MOST,
+            })
         }
     }
 }
 
-impl<'de> Deserialize<'de> for Timeout {
+impl<'de, const MOST_SECONDS: u64> Deserialize<'de> for Timeout<MOST_SECONDS> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TimeVisitor)
+        deserializer.deserialize_any(TimeVisitor::<MOST_SECONDS>)
     }
 }
 
-struct TimeVisitor;
+struct TimeVisitor<const MOST_SECONDS: u64>;
 
-impl Visitor<'_> for TimeVisitor {
-    type Value = Timeout;
+impl<const MOST_SECONDS: u64> Visitor<'_> for TimeVisitor<MOST_SECONDS> {
+    type Value = Timeout<MOST_SECONDS>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a time: a whole number of seconds, or a text such as \"500ms\"")
     }
 
-    fn visit_u64<E: de::Error>(self, seconds: u64) -> Result<Timeout, E> {
+    fn visit_u64<E: de::Error>(self, seconds: u64) -> Result<Self::Value, E> {
         Duration::from_secs(seconds).try_into().map_err(E::custom)
     }
 
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Timeout, E> {
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
         text.parse().map_err(E::custom)
     }
 }
 
-impl From<Timeout> for String {
-    fn from(timeout: Timeout) -> Self {
+impl<const MOST_SECONDS: u64> From<Timeout<MOST_SECONDS>> for String {
+    fn from(timeout: Timeout<MOST_SECONDS>) -> Self {
         timeout.to_string()
     }
 }
 
-impl fmt::Display for Timeout {
+impl<const MOST_SECONDS: u64> fmt::Display for Timeout<MOST_SECONDS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}ms", self.0.as_millis())
     }
@@ -163,9 +186,17 @@ mod tests {
         for text in ["601", "11m", "99999999999999999999"] {
             assert_eq!(
                 text.parse::<Timeout>(),
-                Err(TimeoutError::TooLong(text.to_owned()))
+                Err(TimeoutError::TooLong {
+                    text: text.to_owned(),
+                    most: Timeout::<600>::MOST
+                })
             );
         }
-        assert_eq!("10m".parse::<Timeout>().unwrap().duration(), Timeout::MOST);
+        let said = "31d".parse::<TimeLimit>().unwrap_err().to_string();
+        assert!(said.contains("is no time"), "days are 24 hours: {said}");
+        let said = "721h".parse::<TimeLimit>().unwrap_err().to_string();
+        assert_eq!(said, "`721h` is too long; it takes at most 30 days");
+        assert!("720h".parse::<TimeLimit>().is_ok());
+        assert_eq!("10m".parse::<Timeout>().unwrap().duration(), Timeout::<600>::MOST);
     }
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use stencil_api::memory_size::MemorySize;
 use stencil_api::request::AddDisk;
-use stencil_api::timeout::Timeout;
+use stencil_api::timeout::{TimeLimit, Timeout};
 use stencil_core::{HypervisorName, ImageName, InstanceName, MemoryGeneration, MemoryMode, State};
 
 /// Manages virtual machines that can be forked: warm one up, make it a template, and stamp out forks that go on from it
@@ -296,7 +296,7 @@ pub(crate) struct Create {
     /// How much memory
     #[arg(long, default_value = "512MiB", value_name = "SIZE")]
     pub(crate) memory: MemorySize,
-    /// Which hypervisor: microvm or cloud-hypervisor
+    /// Which hypervisor: microvm, cloud-hypervisor or qemu; `stencil doctor` tells what each can run on this host
     #[arg(long, default_value = "microvm", value_name = "NAME")]
     pub(crate) hypervisor: HypervisorName,
     /// The guest is ready when it prints this [default: as soon as it runs]
@@ -385,9 +385,15 @@ pub(crate) struct Fork {
     /// Delete each fork when its command has ended
     #[arg(long, requires = "cmd")]
     pub(crate) rm: bool,
-    /// How long its command may take: seconds, or with a unit such as 500ms or 2m [default: 30s]
+    /// Kill its command after so long: seconds, or with a unit such as 500ms or 2h [default: never]
     #[arg(long, value_name = "TIME", requires = "cmd")]
-    pub(crate) timeout: Option<Timeout>,
+    pub(crate) timeout: Option<TimeLimit>,
+    /// Something in the command's environment; can be given many times
+    #[arg(short, long = "env", value_name = "KEY=VALUE", value_parser = pair, requires = "cmd")]
+    pub(crate) env: Vec<(String, String)>,
+    /// The command's working directory [default: /]
+    #[arg(long, value_name = "DIR", requires = "cmd")]
+    pub(crate) cwd: Option<String>,
     /// What is run in each fork, behind --
     #[arg(last = true, value_name = "CMD", conflicts_with = "name")]
     pub(crate) cmd: Vec<String>,
@@ -419,11 +425,11 @@ pub(crate) struct Exec {
     /// Its working directory [default: /]
     #[arg(long, value_name = "DIR")]
     pub(crate) cwd: Option<String>,
-    /// Kill it after so long: seconds, or with a unit such as 500ms or 2m [default: never; with --json, 30s]
+    /// Kill it after so long: seconds, or with a unit such as 500ms or 2h [default: never]
     #[arg(long, value_name = "TIME")]
-    pub(crate) timeout: Option<Timeout>,
-    /// The program and its arguments, behind --
-    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) timeout: Option<TimeLimit>,
+    /// The program and its arguments; a -- before it is right where it begins with a dash
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     pub(crate) cmd: Vec<String>,
 }
 

@@ -10,7 +10,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
 use stencil_api::reply::{Agent, AgentStatus, ForkList, ForkOutcome, Instance, MemoryUse, Timings};
-use stencil_core::{DiskSpec, Readiness};
+use stencil_core::{DiskSpec, InstanceId, Readiness};
 
 use crate::doctor::{Diagnosis, Mark};
 use crate::output::one_line;
@@ -20,8 +20,12 @@ pub(crate) use images::{image, images};
 /// What stands where there is nothing to tell.
 const NOTHING_TO_TELL: &str = "-";
 
-/// The list of instances; `now` is what ages are counted to.
-pub(crate) fn instances(list: &[Instance], now: Timestamp) -> String {
+/// The list of instances; `elsewhere` has the names of templates that are not in it, and `now` is what ages are counted to.
+pub(crate) fn instances(
+    list: &[Instance],
+    elsewhere: &BTreeMap<InstanceId, String>,
+    now: Timestamp,
+) -> String {
     if list.is_empty() {
         return "no instances".to_owned();
     }
@@ -36,7 +40,9 @@ pub(crate) fn instances(list: &[Instance], now: Timestamp) -> String {
             // Most often the template is in the same list.
             list.iter()
                 .find(|other| other.id == id)
-                .map_or_else(|| id.to_string(), name)
+                .map(name)
+                .or_else(|| elsewhere.get(&id).cloned())
+                .unwrap_or_else(|| id.to_string())
         });
         table.add_row([
             name(instance),
@@ -400,12 +406,15 @@ mod tests {
                 "state_error": "the metadata cannot be read" }))
             .unwrap(),
         ];
-        insta::assert_snapshot!(instances(&list, now()));
+        insta::assert_snapshot!(instances(&list, &BTreeMap::new(), now()));
+        let elsewhere = BTreeMap::from([(template.parse().unwrap(), "warm".to_owned())]);
+        let fork = instances(&list[1..2], &elsewhere, now());
+        assert!(fork.contains(" warm ") && !fork.contains(template), "{fork}");
     }
 
     #[test]
     fn an_empty_list_says_so() {
-        assert_eq!(instances(&[], now()), "no instances");
+        assert_eq!(instances(&[], &BTreeMap::new(), now()), "no instances");
     }
 
     #[test]

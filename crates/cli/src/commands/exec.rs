@@ -21,7 +21,7 @@ pub(super) async fn exec(asked: Exec, client: &Client, reader: Reader) -> Result
             let command = RunCommand {
                 env: asked.env.into_iter().collect(),
                 cwd: asked.cwd,
-                timeout: asked.timeout.unwrap_or_default(),
+                timeout: asked.timeout,
                 ..RunCommand::new(asked.cmd)
             };
             let result = client.exec(&asked.id, &command).await?;

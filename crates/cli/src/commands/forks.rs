@@ -25,7 +25,9 @@ pub(super) async fn fork(asked: Fork, client: &Client, reader: Reader) -> Result
         }
     };
     let exec = (!asked.cmd.is_empty()).then(|| RunCommand {
-        timeout: asked.timeout.unwrap_or_default(),
+        timeout: asked.timeout,
+        env: asked.env.into_iter().collect(),
+        cwd: asked.cwd,
         ..RunCommand::new(asked.cmd)
     });
     let runs = exec.is_some();
@@ -42,6 +44,21 @@ pub(super) async fn fork(asked: Fork, client: &Client, reader: Reader) -> Result
     match reader {
         Reader::Person if runs => tell_work(&list)?,
         _ => reader.print(&list, table::forks)?,
+    }
+    // Of an only fork it is as if its command had been run here.
+    if let [
+        ForkEntry {
+            exec: Some(ForkExec::Result(result)),
+            outcome: ForkOutcome::Instance(_),
+            deleted: None | Some(true),
+            ..
+        },
+    ] = &list.forks[..]
+        && result.end.code() != 0
+    {
+        return Err(Failure::Ended {
+            code: result.end.code(),
+        });
     }
     let failed = list.forks.iter().filter(|fork| !worked(fork)).count();
     if failed == 0 {

@@ -1,11 +1,13 @@
 //! Instances: make, list, delete, wait for.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use jiff::Timestamp;
 use stencil_api::client::Client;
-use stencil_api::reply::{InstanceList, Waited};
+use stencil_api::reply::{Instance, InstanceList, Waited};
 use stencil_api::request::{AddDisk, CreateInstance, ListInstances, WaitFor};
 use stencil_api::timeout::Timeout;
-use stencil_core::{Readiness, State};
+use stencil_core::{InstanceId, Readiness, State};
 
 use super::{delete_each, reference};
 use crate::args::{Create, Ls, Rm, Wait};
@@ -60,9 +62,27 @@ pub(super) async fn list(asked: Ls, client: &Client, reader: Reader) -> Result<(
             template: asked.template,
         })
         .await?;
+    let elsewhere = match reader {
+        Reader::Person => names_of_others(&instances, client).await,
+        Reader::Program => BTreeMap::new(),
+    };
     reader.print(&InstanceList { instances }, |list| {
-        table::instances(&list.instances, Timestamp::now())
+        table::instances(&list.instances, &elsewhere, Timestamp::now())
     })
+}
+
+/// The names of templates that the list itself does not have, as where only some states were asked for.
+async fn names_of_others(list: &[Instance], client: &Client) -> BTreeMap<InstanceId, String> {
+    let listed: BTreeSet<InstanceId> = list.iter().map(|instance| instance.id).collect();
+    let templates: BTreeSet<InstanceId> = list.iter().filter_map(|one| one.fork_of_template).collect();
+    let mut names = BTreeMap::new();
+    for id in templates.difference(&listed) {
+        // One that was just deleted has its id.
+        if let Ok(template) = client.get(&id.to_string()).await {
+            names.insert(*id, table::name(&template));
+        }
+    }
+    names
 }
 
 /// Deletes one after the other, forks before the templates that they would keep from being deleted if they are given

@@ -69,6 +69,25 @@ fn a_command_has_this_programs_input_output_and_exit_code() {
 }
 
 #[test]
+fn a_command_needs_no_dashes_before_it_and_its_own_are_its_own() {
+    let guests = Guests::start();
+    for (words, expected) in [
+        (&["exec", "web", "echo", "-n", "--json", "-e"][..], "--json -e"),
+        (&["exec", "--cwd", "/usr", "web", "pwd"], "/usr\n"),
+        (&["exec", "web", "--cwd", "/usr", "pwd"], "/usr\n"),
+        (&["exec", "web", "-e", "A=b", "--", "sh", "-c", "echo $A"], "b\n"),
+        (&["exec", "web", "--timeout", "48h", "echo", "long"], "long\n"),
+    ] {
+        let ran = done(&mut guests.command(words));
+        assert_eq!(
+            (ran.code, ran.stdout.as_str()),
+            (0, expected),
+            "{words:?}: {ran:?}"
+        );
+    }
+}
+
+#[test]
 fn much_input_and_output_pass_whole() {
     let guests = Guests::start();
     let input: Vec<u8> = (0..5_000_000_u32)
@@ -401,6 +420,25 @@ fn forks_run_a_command_and_are_deleted_in_one_call() {
     assert_eq!(
         (output.code, output.stderr.as_str()),
         (1, "cold-2 | (exit code 1)\nerror: 1 of 2 failed\n")
+    );
+    let words = [
+        "fork",
+        "cold",
+        "--rm",
+        "-e",
+        "CODE=7",
+        "--cwd",
+        "/usr",
+        "--",
+        "sh",
+        "-c",
+        "pwd; exit $CODE",
+    ];
+    let output = done(&mut guests.command(&words));
+    assert_eq!(
+        (output.code, output.stdout.as_str()),
+        (7, "cold-1 | /usr\n"),
+        "{output:?}"
     );
     let output = done(&mut guests.command(&["fork", "cold", "--json", "--", "hostname"]));
     let fork: &Value = &output.json()["forks"][0];
