@@ -21,6 +21,16 @@ const XEN: &str = "Xen";
 const PVH_TYPE: u64 = 18;
 const GUEST_OS_TYPE: u64 = 6;
 
+/// More notes than any kernel has, in bytes. What a file says of its own parts is not read into memory without a bound; it is read,
+/// and not mapped, for whoever cuts it off meanwhile would end the server.
+const MOST_NOTES: u64 = 1 << 20;
+/// The size of an ELF header, and where in it the counts of program headers and section headers are (elf(5)).
+const HEADER: usize = 64;
+const PROGRAM_HEADERS: usize = 0x38;
+const SECTION_HEADERS: usize = 0x3c;
+/// The count of program headers that stands for another one elsewhere, which may be billions.
+const PN_XNUM: u16 = 0xffff;
+
 /// The longest command line of a Linux on x86, in bytes without the NUL (Linux, arch/x86/include/asm/setup.h, `COMMAND_LINE_SIZE`).
 const LINUX_CMDLINE: usize = 2047;
 /// The longest that every VMM takes, in bytes: the microVM and Cloud Hypervisor have 64 KiB for it, with the NUL.
@@ -57,7 +67,21 @@ pub(crate) fn check(file: &File) -> Result<Kernel, NoKernel> {
     if !starts_with(file, &elf::abi::ELFMAGIC, 0) {
         return Err(NoKernel::OtherFormat);
     }
+    if !has_bounded_headers(file) {
+        return Err(NoKernel::Damaged);
+    }
     check_elf(file)
+}
+
+/// Whether the header itself says how many headers there are: up to 65,534 of each kind.
+fn has_bounded_headers(file: &File) -> bool {
+    let mut header = [0; HEADER];
+    if file.read_exact_at(&mut header, 0).is_err() {
+        return false;
+    }
+    let count = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let has_sections = header[0x28..0x30] != [0; 8];
+    count(PROGRAM_HEADERS) != PN_XNUM && (count(SECTION_HEADERS) != 0 || !has_sections)
 }
 
 /// Whether a file has the format of Linux's own.
@@ -78,6 +102,9 @@ fn check_elf(file: impl Read + Seek) -> Result<Kernel, NoKernel> {
     let segments = elf.segments().clone();
     let (mut is_pvh, mut is_linux) = (false, false);
     for segment in segments.iter().filter(|segment| segment.p_type == PT_NOTE) {
+        if segment.p_filesz > MOST_NOTES {
+            return Err(NoKernel::Damaged);
+        }
         let notes = elf
             .segment_data_as_notes(segment)
             .map_err(|_| NoKernel::Damaged)?;
@@ -205,6 +232,24 @@ mod tests {
         }
         elf.extend(notes);
         elf
+    }
+
+    #[test]
+    fn a_small_file_that_claims_to_have_much_is_damaged() {
+        let claims = |at: usize, bytes: &[u8]| {
+            let mut elf = elf(&[note(b"Xen\0", 18, &[0; 4])]);
+            elf[at..at + bytes.len()].copy_from_slice(bytes);
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&elf).unwrap();
+            // The rest is a hole.
+            file.set_len(3 << 30).unwrap();
+            check(&file)
+        };
+        // The size of its notes, in the first program header; the counts of headers.
+        assert_eq!(claims(64 + 0x20, &(2_u64 << 30).to_le_bytes()), Err(NoKernel::Damaged));
+        assert_eq!(claims(PROGRAM_HEADERS, &[0xff, 0xff]), Err(NoKernel::Damaged));
+        assert_eq!(claims(0x28, &64_u64.to_le_bytes()), Err(NoKernel::Damaged));
+        assert!(claims(0, b"\x7f").is_ok());
     }
 
     #[test]
