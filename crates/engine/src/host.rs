@@ -20,6 +20,8 @@ pub(crate) struct Host {
     most_watches: Option<u64>,
     /// The groups of processes that this one is in and that have a limit.
     groups: Vec<PidsGroup>,
+    /// The same of those with a limit of memory.
+    memory_groups: Vec<MemoryGroup>,
 }
 
 /// A cgroup with a limit of processes.
@@ -29,8 +31,33 @@ struct PidsGroup {
     most: u64,
 }
 
+/// A cgroup with a limit of memory, in bytes.
+#[derive(Debug)]
+struct MemoryGroup {
+    current: PathBuf,
+    stat: PathBuf,
+    /// What of it the kernel takes back before it kills somebody: a field of `stat`.
+    given_back: &'static str,
+    most: u64,
+}
+
+impl MemoryGroup {
+    /// What its processes can still take.
+    fn left(&self) -> Option<u64> {
+        let stat = fs::read_to_string(&self.stat).ok()?;
+        let given_back = stat.lines().find_map(|line| {
+            let bytes = line.strip_prefix(self.given_back)?.strip_prefix(' ')?;
+            bytes.trim().parse().ok()
+        });
+        let held = number(&self.current)?.saturating_sub(given_back.unwrap_or(0));
+        Some(self.most.saturating_sub(held))
+    }
+}
+
 impl Host {
     pub(crate) fn read() -> Self {
+        let groups = read("/proc/self/cgroup").unwrap_or_default();
+        let mount = Path::new("/sys/fs/cgroup");
         let sysctl = |name, path| Some((name, number(Path::new(path))?));
         let most_processes = [
             sysctl("kernel.pid_max", "/proc/sys/kernel/pid_max"),
@@ -39,9 +66,8 @@ impl Host {
         Self {
             most_processes: most_processes.into_iter().flatten().collect(),
             most_watches: number(Path::new("/proc/sys/fs/inotify/max_user_watches")),
-            groups: fs::read_to_string("/proc/self/cgroup")
-                .map(|groups| pids_groups(&groups, Path::new("/sys/fs/cgroup")))
-                .unwrap_or_default(),
+            groups: pids_groups(&groups, mount),
+            memory_groups: memory_groups(&groups, mount),
         }
     }
 
@@ -57,6 +83,11 @@ impl Host {
         };
         if let Some(memory) = Memory::read() {
             add(Resource::Memory, "MemAvailable", memory.available);
+        }
+        for group in &self.memory_groups {
+            if let Some(left) = group.left() {
+                add(Resource::Memory, "the memory limit of its cgroup", left);
+            }
         }
         if let (Some(most), Some(open)) = (getrlimit(Rlimit::Nofile).current, open_files()) {
             let left = most.saturating_sub(open).saturating_sub(KEPT_DESCRIPTORS);
@@ -139,29 +170,70 @@ fn threads(loadavg: &str) -> Option<u64> {
 
 /// The groups in `/proc/self/cgroup` that limit processes, from the innermost to the outermost.
 fn pids_groups(groups: &str, mount: &Path) -> Vec<PidsGroup> {
+    let limited = groups_of("pids", groups, mount)
+        .into_iter()
+        .filter_map(|(group, _)| {
+            Some(PidsGroup {
+                most: number(&group.join("pids.max"))?,
+                current: group.join("pids.current"),
+            })
+        });
+    limited.collect()
+}
+
+/// The same of those that limit memory.
+fn memory_groups(groups: &str, mount: &Path) -> Vec<MemoryGroup> {
+    /// What stands for no limit in version 1, to the size of a page.
+    const NONE: u64 = i64::MAX as u64 >> 16 << 16;
+    let limited = groups_of("memory", groups, mount)
+        .into_iter()
+        .filter_map(|(group, is_first_version)| {
+            let (most, current, given_back) = if is_first_version {
+                (
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                    "total_inactive_file",
+                )
+            } else {
+                ("memory.max", "memory.current", "inactive_file")
+            };
+            let most = number(&group.join(most)).filter(|most| *most < NONE)?;
+            Some(MemoryGroup {
+                current: group.join(current),
+                stat: group.join("memory.stat"),
+                given_back,
+                most,
+            })
+        });
+    limited.collect()
+}
+
+/// The groups in which a controller may limit this process, from the innermost to the outermost, and whether each is of version 1.
+fn groups_of(controller: &str, groups: &str, mount: &Path) -> Vec<(PathBuf, bool)> {
     let of_line = |line: &str| {
         // `<hierarchy>:<controllers>:<path>`; version 2 has one hierarchy without names (cgroups(7)).
         let (_, rest) = line.split_once(':')?;
         let (controllers, group) = rest.split_once(':')?;
-        let mount = match controllers {
-            "" => mount.to_owned(),
-            _ if controllers.split(',').any(|name| name == "pids") => mount.join("pids"),
-            _ => return None,
+        let is_first_version = !controllers.is_empty();
+        let mount = if !is_first_version {
+            mount.to_owned()
+        } else if controllers.split(',').any(|name| name == controller) {
+            mount.join(controller)
+        } else {
+            return None;
         };
-        Some(mount.join(group.trim_start_matches('/')))
+        Some((mount.join(group.trim_start_matches('/')), is_first_version))
     };
-    let innermost: Vec<PathBuf> = groups.lines().filter_map(of_line).collect();
-    innermost
-        .iter()
-        .flat_map(|group| group.ancestors().take_while(|group| group.starts_with(mount)))
-        .filter_map(|group| {
-            Some(PidsGroup {
-                // `max` is no number and no limit.
-                most: number(&group.join("pids.max"))?,
-                current: group.join("pids.current"),
-            })
-        })
-        .collect()
+    let innermost = groups.lines().filter_map(of_line);
+    let all = innermost.flat_map(|(group, is_first_version)| {
+        let up: Vec<PathBuf> = group
+            .ancestors()
+            .take_while(|group| group.starts_with(mount))
+            .map(Path::to_owned)
+            .collect();
+        up.into_iter().map(move |group| (group, is_first_version))
+    });
+    all.collect()
 }
 
 #[cfg(test)]
@@ -219,6 +291,37 @@ mod tests {
         );
         assert_eq!(most("9:name=systemd:/old\n8:pids:/old\n0::/\n"), [7]);
         assert_eq!(most("4:memory:/old\n"), [] as [u64; 0]);
+    }
+
+    #[test]
+    fn every_group_that_limits_memory_counts_without_what_the_kernel_takes_back() {
+        let mount = tempfile::tempdir().unwrap();
+        let file = |path: &str, content: &str| {
+            let path = mount.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        };
+        file("box/memory.max", "262144000\n");
+        file("box/memory.current", "200000000\n");
+        file(
+            "box/memory.stat",
+            "anon 1\nfile 90000000\ninactive_file 50000000\n",
+        );
+        file("box/in/memory.max", "max\n");
+        file("memory/old/memory.limit_in_bytes", "1000000\n");
+        file("memory/old/memory.usage_in_bytes", "900000\n");
+        file(
+            "memory/old/memory.stat",
+            "inactive_file 5\ntotal_inactive_file 300000\n",
+        );
+        file("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        let left = |groups| -> Vec<u64> {
+            let groups = memory_groups(groups, mount.path());
+            groups.iter().filter_map(MemoryGroup::left).collect()
+        };
+        assert_eq!(left("0::/box/in\n"), [262_144_000 - 150_000_000]);
+        assert_eq!(left("4:memory:/old\n0::/\n"), [400_000]);
+        assert_eq!(left("8:pids:/old\n"), [] as [u64; 0]);
     }
 
     #[test]

@@ -246,7 +246,10 @@ mod tests {
             check(&file)
         };
         // The size of its notes, in the first program header; the counts of headers.
-        assert_eq!(claims(64 + 0x20, &(2_u64 << 30).to_le_bytes()), Err(NoKernel::Damaged));
+        assert_eq!(
+            claims(64 + 0x20, &(2_u64 << 30).to_le_bytes()),
+            Err(NoKernel::Damaged)
+        );
         assert_eq!(claims(PROGRAM_HEADERS, &[0xff, 0xff]), Err(NoKernel::Damaged));
         assert_eq!(claims(0x28, &64_u64.to_le_bytes()), Err(NoKernel::Damaged));
         assert!(claims(0, b"\x7f").is_ok());

@@ -149,12 +149,21 @@ fn start(launch: &Launch, dir: &InstanceDir, socket: &Path) -> Result<KillGuard,
     spawn_watched(command)
 }
 
+/// How much sooner a VMM is ended than the server where memory runs out, of 1000.
+const SOONER_THAN_THE_SERVER: &str = "500";
+
 /// Starts a process beside a VMM. The same as for a VMM is true of it, but that it has no socket.
 pub(crate) fn spawn_watched(mut command: Command) -> Result<KillGuard, VmmError> {
     let mut child = command.spawn().map_err(|source| VmmError::Spawn {
         binary: command.get_program().into(),
         source,
     })?;
+    // Where memory runs out the kernel is to end a VM, and not the server. Anybody may raise it (proc_pid_oom_score_adj(5)); without
+    // /proc the kernel chooses by size alone.
+    let _ = std::fs::write(
+        format!("/proc/{}/oom_score_adj", child.id()),
+        SOONER_THAN_THE_SERVER,
+    );
     match VmmProcess::of_child(child.id()) {
         Ok(process) => Ok(process.kill_on_drop()),
         Err(error) => {

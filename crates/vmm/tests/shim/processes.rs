@@ -60,6 +60,19 @@ async fn a_vmm_that_is_killed_tells_the_signal() {
 }
 
 #[tokio::test]
+async fn a_vmm_is_ended_before_the_server_where_memory_runs_out() {
+    let scratch = Scratch::new();
+    let process = spawn(&backend("sleeps"), &scratch.dir).await.unwrap();
+    let score = |pid: &str| -> i32 {
+        let path = format!("/proc/{pid}/oom_score_adj");
+        std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+    };
+    let pid = process.identity().pid;
+    assert!(score(&pid.to_string()) >= score("self") + 100);
+    kill(pid, Signal::KILL);
+}
+
+#[tokio::test]
 async fn a_vmm_that_ends_tells_its_code() {
     let scratch = Scratch::new();
     let process = spawn(&backend("fails"), &scratch.dir).await.unwrap();
