@@ -136,6 +136,7 @@ impl AgentLink {
             thaw: Arc::clone(&thaw),
             busy,
             still,
+            failures: link::Failures::default(),
         };
         let kept = async move {
             tokio::select! {

@@ -32,6 +32,8 @@ const AGAIN: Duration = Duration::from_millis(20);
 const AGAIN_AT_MOST: Duration = Duration::from_millis(500);
 /// How long a guest may be booting.
 const BOOTING: Duration = Duration::from_secs(60);
+/// How often a failure of one agent is written to the log at most.
+const BETWEEN_FAILURES: Duration = Duration::from_secs(10);
 /// How soon it is tried later, and where a guest was heard that speaks something else.
 const AGAIN_LATER: Duration = Duration::from_secs(10);
 
@@ -55,6 +57,26 @@ pub(super) struct Link {
     pub(super) busy: watch::Sender<bool>,
     /// Why the guest does not run, although somebody waits.
     pub(super) still: mpsc::Receiver<String>,
+    pub(super) failures: Failures,
+}
+
+/// When a failure of an agent was last written to the log. A guest can fail as often as it likes.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Failures {
+    /// How many were not told before this one, which is to be; `None` where it is not.
+    fn next(&mut self, now: Instant) -> Option<u64> {
+        if self.told.is_some_and(|told| now - told < BETWEEN_FAILURES) {
+            self.untold += 1;
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 /// That a guest stood still: it is to be told the time, and its users' processes are to go on. Who asks for it never waits: what is asked for later is done later.
@@ -213,7 +235,7 @@ impl Link {
     }
 
     /// Tells what is known of the agent, if it is something else than before.
-    fn see(&self, state: AgentState) {
+    fn see(&mut self, state: AgentState) {
         let changed = self.sees.send_if_modified(|seen| {
             let changed = seen.state != state;
             seen.taken |= state == AgentState::Ready;
@@ -224,11 +246,30 @@ impl Link {
             return;
         }
         match &state {
-            AgentState::Failed(why) => tracing::warn!(instance = %self.id, why, "its agent failed"),
+            AgentState::Failed(why) => {
+                if let Some(not_told) = self.failures.next(Instant::now()) {
+                    tracing::warn!(instance = %self.id, why, not_told, "its agent failed");
+                }
+            }
             state => tracing::debug!(instance = %self.id, ?state, "its agent"),
         }
         if let Some(slot) = self.slot.upgrade() {
             slot.tell();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_of_an_agent_are_told_at_a_bounded_rate_with_their_number() {
+        let mut failures = Failures::default();
+        let begin = Instant::now();
+        let told: Vec<u64> = (0..10_000).filter_map(|_| failures.next(begin)).collect();
+        assert_eq!(told, [0]);
+        let later = begin + BETWEEN_FAILURES;
+        assert_eq!((failures.next(later), failures.next(later)), (Some(9_999), None));
     }
 }
