@@ -12,6 +12,7 @@ mod freeze;
 mod host;
 mod identity;
 mod port;
+mod renewal;
 #[path = "../../../../fixtures/skipped.rs"]
 mod skipped;
 mod terminal;

@@ -25,7 +25,7 @@ use crate::stencil::{command, done};
 
 /// What of the host an agent has for itself, so that it changes nothing: the host's name and the machine id. Nor does it find
 /// the program that powers the host off, whoever asks for that.
-const PRIVATE: &str = r#"mount -t tmpfs none /etc &&
+const PRIVATE: &str = r#"mount -t tmpfs none /etc && mount -t tmpfs none /run &&
 exec env PATH=/nonexistent "$0" --listen agent.sock --shared-kernel --cgroup /nonexistent"#;
 
 /// The agent's program, beside the one under test; built if it is not there.

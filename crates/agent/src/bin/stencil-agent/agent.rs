@@ -14,7 +14,7 @@ use crate::link::Link;
 use crate::session::Session;
 use crate::sessions::Sessions;
 use crate::signals::Signals;
-use crate::{error_chain, log};
+use crate::{error_chain, log, renewal};
 
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,6 +237,15 @@ impl Agent {
 
     fn take_epoch(&mut self, epoch: &stencil_agent::Epoch) -> ToHost {
         let taken = self.identity.take(epoch).map_err(|error| error_chain(&error));
+        // Told again, it is for the time alone.
+        let is_new = self.epoch != Some(epoch.id);
+        let taken = taken.and_then(|()| {
+            if is_new {
+                renewal::renew(epoch).map_err(|error| error_chain(&error))
+            } else {
+                Ok(())
+            }
+        });
         let thawed = taken.and_then(|()| self.sessions.thaw());
         match thawed {
             Ok(()) => {

@@ -11,6 +11,7 @@
 //! | `sessions`, `session`, `command` | the commands that run, one of them, and how one is begun |
 //! | `cgroups` | stops, lets go and kills the user's processes |
 //! | `identity` | makes the guest the machine of an epoch |
+//! | `renewal` | what the guest renews by itself in a new epoch: its own programs, and processes that ask to be told |
 //! | `signals`, `button` | ends of child processes, and requests to end |
 //! | `init` | what the first process of a machine has to do besides |
 //! | `modules` | loads the image's kernel modules |
@@ -24,6 +25,7 @@ mod init;
 mod link;
 mod modules;
 mod place;
+mod renewal;
 mod session;
 mod sessions;
 mod signals;
