@@ -92,11 +92,12 @@ fn excess(path: &Path, limit: u64) -> io::Result<Option<u64>> {
     Ok((held > limit + limit / 4 && end > 0).then_some(end))
 }
 
-/// The first byte of a log from `offset` on that is there; its end if there is none. It moves the file's position.
+/// The first byte of a log from `offset` on that is there; `offset` if there is none yet, for one may just be written. It moves the
+/// file's position.
 pub(crate) fn first_data(log: &File, offset: u64) -> io::Result<u64> {
     match seek(log, SeekFrom::Data(offset)) {
         Ok(data) => Ok(data),
-        Err(Errno::NXIO) => Ok(log.metadata()?.len()),
+        Err(Errno::NXIO) => Ok(offset),
         Err(error) => Err(error.into()),
     }
 }
@@ -107,6 +108,16 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    #[test]
+    fn of_a_log_that_is_just_being_begun_nothing_is_passed_over() {
+        let mut log = tempfile::NamedTempFile::new().unwrap();
+        let reader = File::open(log.path()).unwrap();
+        assert_eq!(first_data(&reader, 0).unwrap(), 0);
+        log.write_all(b"ready").unwrap();
+        assert_eq!(first_data(&reader, 0).unwrap(), 0);
+        assert_eq!(first_data(&reader, 5).unwrap(), 5);
+    }
 
     #[test]
     fn of_a_log_the_last_part_stays_where_it_is() {

@@ -106,7 +106,8 @@ impl Engine {
         }
     }
 
-    /// Asks a VMM for its VM. That it could not be reached once says nothing: that is tried again for a while, as long as it lives.
+    /// Asks a VMM for its VM. That it could not be reached once, or was slow, says nothing: it is tried again for a while, as long
+    /// as it lives.
     async fn info(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -117,7 +118,7 @@ impl Engine {
         loop {
             match hypervisor.info(dir).await {
                 Err(error)
-                    if error.lost_connection()
+                    if (error.lost_connection() || matches!(error, VmmError::Timeout { .. }))
                         && running.process.has_exited().is_none()
                         && Instant::now() < until =>
                 {

@@ -396,7 +396,8 @@ fn disk_reason(error: Option<&DiskError>) -> String {
             format!("the host could not read or write a disk of the guest ({reason}); mend that, then resume it")
         }
         // Another server heard it.
-        None => "the host could not write a disk of the guest, most often because it has no room; make room there, then resume it"
+        None => "the host could not write a disk of the guest, most often because it has no room (No space left on device); make \
+            room there, then resume it"
             .to_owned(),
     }
 }

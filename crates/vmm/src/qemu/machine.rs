@@ -144,7 +144,12 @@ fn drive(number: usize, disk: &DiskSpec) -> OsString {
     let (image, format, how) = if disk.read_only {
         (escaped(disk.path.as_os_str()), disk.format, ",readonly=on")
     } else {
-        (InstanceDir::disk_name(number).into(), DiskFormat::Qcow2, "")
+        // Whatever error the host has with it: the guest is not told of one that somebody can mend.
+        (
+            InstanceDir::disk_name(number).into(),
+            DiskFormat::Qcow2,
+            ",werror=stop",
+        )
     };
     let mut drive: OsString = format!("if=none,id=disk{number},format={format}{how},file=").into();
     drive.push(image);
@@ -235,7 +240,7 @@ mod tests {
         };
         assert_eq!(
             drive(0, &disk("/images/a.raw", false)),
-            "if=none,id=disk0,format=qcow2,file=disk0.qcow2"
+            "if=none,id=disk0,format=qcow2,werror=stop,file=disk0.qcow2"
         );
         assert_eq!(
             drive(1, &disk("/images/a,b.raw", true)),
