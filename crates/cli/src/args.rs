@@ -40,7 +40,7 @@ pub(crate) struct ServerPlace {
         value_name = "PATH"
     )]
     pub(crate) socket: Option<PathBuf>,
-    /// The server's address instead of a socket, such as http://10.0.0.7:8080; its token is taken from STENCIL_TOKEN
+    /// The server's address instead of a socket, such as `http://10.0.0.7:8080`; its token is taken from STENCIL_TOKEN
     #[arg(
         long,
         global = true,
@@ -172,7 +172,7 @@ pub(crate) struct Serve {
         requires = "listen"
     )]
     pub(crate) allow_hosts: Vec<String>,
-    /// The origin of web pages that may ask, such as https://panel.example; can be given many times
+    /// The origin of web pages that may ask, such as `https://panel.example`; can be given many times
     #[arg(
         long = "allow-origin",
         env = "STENCIL_ALLOW_ORIGINS",

@@ -13,7 +13,7 @@ use stencil_agent::PROGRAM as AGENT;
 use stencil_agent::archive::{self, ArchiveError, Notes, PARTIAL};
 use stencil_api::client::{Client, CommandEvent};
 use stencil_api::exec::{CommandEnd, StreamCommand, ToCommand};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -67,6 +67,8 @@ pub(super) async fn cp(asked: Cp, client: &Client) -> Result<(), Failure> {
 /// Into the guest: below `path` if that is a directory there, else as `path`.
 async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), Failure> {
     let name = own_name(from)?;
+    // Before there is anything that a signal could leave behind.
+    let mut interruption = Interruption::new()?;
     let (sender, mut packed) = mpsc::channel(CHUNKS);
     let from = from.to_owned();
     let packing = tokio::task::spawn_blocking(move || {
@@ -99,15 +101,22 @@ async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), 
             }
         }
     };
-    let interrupted = interruption();
-    tokio::pin!(feeding, ending, interrupted);
-    let (packed, (end, complaint)) = tokio::select! {
-        packed = &mut feeding => (Some(packed), ending.await?),
-        end = &mut ending => (None, end?),
-        code = &mut interrupted => {
+    // It is dropped in the middle of what it sends where somebody else has something to say.
+    let mut feeding = Box::pin(feeding);
+    tokio::pin!(ending);
+    let first = tokio::select! {
+        packed = &mut feeding => First::Packed(packed),
+        end = &mut ending => First::Ended(end?),
+        code = interruption.comes() => First::Interrupted(code),
+    };
+    drop(feeding);
+    let (packed, (end, complaint)) = match first {
+        First::Packed(packed) => (Some(packed), ending.await?),
+        First::Ended(end) => (None, end),
+        First::Interrupted(code) => {
             let _ = input.tell(ToCommand::StdinClosed).await;
             let _ = ending.await;
-            return Err(Failure::Ended { code: code? });
+            return Err(Failure::Ended { code });
         }
     };
     // Why it could not be packed says more than that its archive is damaged.
@@ -116,6 +125,13 @@ async fn push(from: &Path, id: &str, path: &str, client: &Client) -> Result<(), 
         None => false,
     };
     succeeded(end, &complaint, is_partial)
+}
+
+/// What happens first while something is copied into a guest.
+enum First {
+    Packed(Result<Notes, Failure>),
+    Ended((CommandEnd, Vec<u8>)),
+    Interrupted(u8),
 }
 
 /// Out of the guest: below `to` if that is a directory here, else as `to`.
@@ -131,6 +147,8 @@ async fn pull(id: &str, path: &str, to: &Path, client: &Client) -> Result<(), Fa
         }
         None => OsString::from("copy"),
     };
+    // Before there is anything that a signal could leave behind.
+    let mut interruption = Interruption::new()?;
     let (_input, mut output) = client.exec_stream(id, &command(["pack", path])).await?;
     let (chunks, packed) = mpsc::channel::<Bytes>(CHUNKS);
     let to = to.to_owned();
@@ -160,7 +178,7 @@ async fn pull(id: &str, path: &str, to: &Path, client: &Client) -> Result<(), Fa
     };
     let received = tokio::select! {
         received = receiving => received,
-        code = interruption() => Err(Failure::Ended { code: code? }),
+        code = interruption.comes() => Err(Failure::Ended { code }),
     };
     let is_sent = matches!(&received, Ok(Some(end)) if matches!(end.code(), 0 | PARTIAL));
     if is_sent {
@@ -197,13 +215,26 @@ fn command<const N: usize>(words: [&str; N]) -> StreamCommand {
     }
 }
 
-/// Waits until a signal asks for the end; the exit code that tells it.
-async fn interruption() -> Result<u8, Failure> {
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::Signal)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Signal)?;
-    tokio::select! {
-        _ = interrupt.recv() => Ok(130),
-        _ = terminate.recv() => Ok(143),
+/// The signals that ask for the end. From when this is made they do not end this program by themselves.
+struct Interruption {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interruption {
+    fn new() -> Result<Self, Failure> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).map_err(Failure::Signal)?,
+            terminate: signal(SignalKind::terminate()).map_err(Failure::Signal)?,
+        })
+    }
+
+    /// Waits for one; the exit code that tells it.
+    async fn comes(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 130,
+            _ = self.terminate.recv() => 143,
+        }
     }
 }
 
